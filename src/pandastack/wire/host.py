@@ -1,0 +1,130 @@
+"""What control asks of a host, and a host's answers. Calls go down; a host never opens a connection upward.
+
+Every call names ids that were made at the top, so any of them can be repeated without making a second thing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from pandastack.wire.ids import HostId, SandboxId
+from pandastack.wire.templates import TemplateView
+
+MachineStatus = Literal["starting", "running", "failed"]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HostCreate(Record):
+    """Make sandbox `id`. Repeating it while it exists answers the existing one. Sizes are MiB."""
+
+    id: SandboxId
+    template: str
+    hostname: str
+    env: dict[str, str] = {}
+    cpu: float | None = None
+    memory_mb: int | None = None
+    disk_mb: int | None = None
+
+
+class HostSandbox(Record):
+    """A sandbox as its host knows it. `busy` is true while user processes run or requests are in flight.
+
+    `idle_s` is 0 while busy, else the seconds since it last was; `idle_reason` puts that in words.
+    """
+
+    id: SandboxId
+    status: MachineStatus
+    status_reason: str | None = None
+    template: str
+    template_actual: str
+    template_note: str | None = None
+    runtime: str
+    isolation: str
+    cpu: float
+    memory_mb: int
+    disk_mb: int
+    boot_mode: str
+    boot_ms: int
+    busy: bool = False
+    idle_s: float = 0.0
+    idle_reason: str | None = None
+
+
+class HostCapacity(Record):
+    """Totals and what is promised to sandboxes (reserved, not used). MiB and cores."""
+
+    memory_mb: int
+    memory_reserved_mb: int
+    cpu: float
+    cpu_reserved: float
+    disk_mb: int
+    disk_reserved_mb: int
+    sandboxes: int
+    sandboxes_max: int
+
+
+class RuntimeInfo(Record):
+    """One runtime on this host: whether it works here, and if not why and what to do."""
+
+    name: str
+    works: bool
+    version: str | None = None
+    reason: str | None = None
+    hint: str | None = None
+    isolation: str = ""
+    capabilities: dict[str, bool] = {}
+
+
+class HostInfo(Record):
+    """Reported upward on request. `defaults` and limits let placement refuse before anything is spent."""
+
+    id: HostId
+    version: str
+    runtime: str | None
+    runtimes: list[RuntimeInfo]
+    capacity: HostCapacity
+    templates: list[TemplateView]
+    slots_ready: int = 0
+    slots_wanted: int = 0
+
+
+class HostEvent(Record):
+    """Something that control must know though it did not ask for it: a sandbox failed, was found again, is gone."""
+
+    seq: int
+    kind: Literal["failed", "adopted", "gone"]
+    sandbox_id: SandboxId
+    reason: str | None = None
+
+
+class Output(NamedTuple):
+    """Bytes that a process wrote: `offset` is the position of `data[0]` in that channel since the process started."""
+
+    channel: Literal["stdout", "stderr"]
+    offset: int
+    data: bytes
+
+
+class ProcessExit(Record):
+    """The last item of an output stream. `exit_code` is 128 + n after signal n; `reason` says who ended it."""
+
+    exit_code: int
+    signal: str | None = None
+    reason: Literal["exited", "signaled", "timeout", "killed"]
+    stdout_bytes: int
+    stderr_bytes: int
+    duration_ms: int
+
+
+class OutputSlice(Record):
+    """A bounded piece of the output that a process left behind. `offset` may be later than asked: older bytes are gone."""
+
+    offset: int
+    data: bytes
+    end: int
+    running: bool

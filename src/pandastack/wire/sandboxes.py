@@ -1,0 +1,125 @@
+"""Sandboxes as the public API shows them. `openapi/public.json` is generated from these shapes.
+
+A sandbox is `creating` -> `running` -> gone. It becomes `failed` when it can not be used any more; `status_reason`
+says why: `oom` (its memory limit), `disk` , `exited`, `host_restarted`, `guest` (its daemon broke the protocol), `error`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+SandboxStatus = Literal["creating", "running", "failed", "deleting"]
+
+MAX_TTL_SECONDS = 30 * 24 * 3600
+MAX_METADATA_KEYS = 64
+
+TemplateName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+MetadataValue = Annotated[str, StringConstraints(max_length=1024)]
+EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
+EnvValue = Annotated[str, StringConstraints(max_length=128 * 1024, pattern=r"^[^\x00]*$")]
+Env = Annotated[dict[EnvName, EnvValue], Field(max_length=1024)]
+
+
+class Shape(BaseModel):
+    """Base of what a client sends: an unknown field is an error, because a typo must not change the meaning."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class View(BaseModel):
+    """Base of what the API answers: a newer server may add fields, an older client ignores them."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class VolumeMount(Shape):
+    name: str
+    read_only: bool = False
+
+
+class SandboxCreate(Shape):
+    """Body of `POST /v1/sandboxes`. Sizes are MiB; limits left out come from the template."""
+
+    template: TemplateName = "code-interpreter"
+    ttl_seconds: Annotated[int, Field(ge=0, le=MAX_TTL_SECONDS)] | None = None
+    persistent: bool = False
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA_KEYS)] = {}
+    env: Env = {}
+    cpu: Annotated[float, Field(gt=0, le=1024)] | None = None
+    memory_mb: Annotated[int, Field(ge=1, le=1 << 22)] | None = None
+    disk_mb: Annotated[int, Field(ge=1, le=1 << 26)] | None = None
+    from_snapshot: str | None = None
+    volumes: Annotated[list[VolumeMount], Field(max_length=16)] = []
+
+
+class SandboxView(View):
+    """A sandbox. `guest_ip`, `host_tap`, `mac` and `vsock_cid` are kept for existing clients; empty where not used.
+
+    `template` is the name that was asked for and `template_actual` the image it got; they differ only where
+    `template_note` says why. `boot_ms` is the time from the request to a confirmed guest identity.
+    """
+
+    id: str
+    template: str = "code-interpreter"
+    template_actual: str | None = None
+    template_note: str | None = None
+    status: str = "unknown"
+    status_reason: str | None = None
+    cpu: float | int = 1
+    memory_mb: int = 512
+    disk_mb: int | None = None
+    metadata: dict[str, str] = {}
+    persistent: bool = False
+    ttl_seconds: int | None = None
+    created_at: str | int | None = None
+    boot_ms: int | None = None
+    boot_mode: str | None = None
+    runtime: str | None = None
+    isolation: str | None = None
+    host_id: str | None = None
+    from_snapshot: str | None = None
+    guest_ip: str | None = None
+    host_tap: str = ""
+    mac: str = ""
+    vsock_cid: int = 0
+
+
+class SandboxPage(View):
+    """A page of a filtered list; `next_cursor` is null on the last one."""
+
+    items: list[SandboxView]
+    next_cursor: str | None = None
+
+
+class Lifecycle(View):
+    """`idle_seconds` counts from the last request or the end of the last work inside; `idle_reason` says which.
+
+    `ttl_seconds` 0 means no expiry. A persistent sandbox is never deleted for being idle.
+    """
+
+    ttl_seconds: int
+    persistent: bool
+    idle_seconds: int
+    idle_reason: str | None = None
+
+
+class LifecyclePatch(Shape):
+    ttl_seconds: Annotated[int, Field(ge=0, le=MAX_TTL_SECONDS)] | None = None
+    persistent: bool | None = None
+
+
+class SandboxMetrics(View):
+    """`GET .../metrics`: what the sandbox costs its host. Bytes and seconds; `threads` counts host threads."""
+
+    pid: int
+    uptime_seconds: float
+    host_cpu_seconds: float
+    host_cpu_percent: float
+    host_rss_bytes: int
+    host_vsz_bytes: int
+    threads: int
+    memory_limit_bytes: int
+    guest: dict[str, Any] | None = None
