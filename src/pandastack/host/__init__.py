@@ -1,0 +1,1 @@
+"""The daemon on each machine that runs sandboxes: machines, disks, and the stream to the daemon inside each sandbox."""

@@ -1,0 +1,1 @@
+"""Bytes on this host: the images sandboxes start from."""
