@@ -284,10 +284,7 @@ def from_body(status: int, body: Any, *, request_id: str | None = None, retry_af
     by_code = _classes(PandastackError).get(str(data.get("code")))
     if by_code is None:
         by_code = (
-            AuthError if status == 401
-            else NotFoundError if status == 404
-            else BadRequestError if 400 <= status < 500
-            else ServerError
+            AuthError if status == 401 else NotFoundError if status == 404 else BadRequestError if 400 <= status < 500 else ServerError
         )
     known = ("error", "message", "detail", "code", "hint", "request_id", "retry_after_s", "http_status")
     fields = {key: value for key, value in data.items() if key not in known and isinstance(key, str)}

@@ -30,4 +30,4 @@ def new_process_id() -> ProcessId:
 
 def is_uuid(text: str) -> bool:
     """True for the one canonical spelling only, so that no two layers can read one text as two ids."""
-    return _UUID.match(text) is not None
+    return _UUID.fullmatch(text) is not None

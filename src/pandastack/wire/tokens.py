@@ -23,7 +23,9 @@ class TokenCreate(Shape):
 
     label: Annotated[str, StringConstraints(max_length=128)] = ""
     expires_in_days: Annotated[int, Field(ge=1, le=3650)] | None = None
-    scopes: Annotated[list[Annotated[str, StringConstraints(pattern="^(read|write|admin)$")]], Field(min_length=1, max_length=3)] | None = None
+    scopes: Annotated[list[Annotated[str, StringConstraints(pattern="^(read|write|admin)$")]], Field(min_length=1, max_length=3)] | None = (
+        None
+    )
 
 
 class TokenView(View):
