@@ -1,0 +1,3 @@
+module pandastack/guest
+
+go 1.24

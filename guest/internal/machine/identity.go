@@ -1,0 +1,174 @@
+package machine
+
+import (
+	"bytes"
+	"encoding/base64"
+	"fmt"
+	"os"
+	"regexp"
+	"strings"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"pandastack/guest/internal/faults"
+	"pandastack/guest/internal/frames"
+	"pandastack/guest/internal/session"
+)
+
+const (
+	entropyBytes    = 64
+	clockTolerance  = 50 * time.Millisecond
+	rndAddEntropy   = 0x40085203
+	rndReseed       = 0x5207
+	hostsMark       = "# pandastack"
+	maxTokenBytes   = 1024
+	identityFileMax = 1 << 20
+)
+
+var (
+	validHostname  = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?$`)
+	validMachineID = regexp.MustCompile(`^[0-9a-f]{32}$`)
+)
+
+type identity struct {
+	SandboxID string            `json:"sandbox_id"`
+	Hostname  string            `json:"hostname"`
+	UnixNS    int64             `json:"unix_ns"`
+	Entropy   string            `json:"entropy_b64"`
+	Token     string            `json:"token"`
+	Env       map[string]string `json:"env"`
+	MachineID string            `json:"machine_id"`
+}
+
+type step struct {
+	OK     bool   `json:"ok"`
+	Detail string `json:"detail"`
+}
+
+func outcome(detail string, err error) step {
+	if err != nil {
+		return step{false, err.Error()}
+	}
+	return step{true, detail}
+}
+
+// callIdentity makes this copy of a machine itself. The order matters: no random number may be drawn before the
+// entropy, no time read before the clock, and user code starts only when all is done.
+func (m *Machine) callIdentity(stream *session.Stream, raw []byte) error {
+	arrived := time.Now()
+	var wanted identity
+	if err := frames.Unmarshal(raw, &wanted); err != nil {
+		return faults.Invalid("params: %v", err)
+	}
+	entropy, err := base64.StdEncoding.DecodeString(wanted.Entropy)
+	if err != nil || len(entropy) != entropyBytes {
+		return faults.Invalid("entropy_b64 is base64 of %d bytes", entropyBytes)
+	}
+	if !validHostname.MatchString(wanted.Hostname) || wanted.UnixNS <= 0 || len(wanted.Token) > maxTokenBytes ||
+		wanted.MachineID != "" && !validMachineID.MatchString(wanted.MachineID) {
+		return faults.Invalid("hostname, unix_ns, token or machine_id")
+	}
+	for name, value := range wanted.Env {
+		if name == "" || strings.ContainsAny(name, "=\x00") || strings.ContainsRune(value, 0) {
+			return faults.Invalid("env %.80q", name)
+		}
+	}
+	steps := map[string]step{}
+	steps["entropy"] = outcome(reseed(entropy))
+	offset, detail, err := setClock(wanted.UnixNS, arrived)
+	steps["clock"] = outcome(detail, err)
+	steps["hostname"] = outcome("set", setHostname(wanted.Hostname))
+	steps["machine_id"] = step{true, "kept"}
+	if wanted.MachineID != "" {
+		steps["machine_id"] = outcome("set", overwrite("/etc/machine-id", []byte(wanted.MachineID+"\n")))
+	}
+	environment := map[string]string{}
+	for name, value := range wanted.Env {
+		environment[name] = value
+	}
+	if wanted.SandboxID != "" {
+		environment["PANDASTACK_SANDBOX_ID"] = wanted.SandboxID
+	}
+	m.Processes.SetEnvironment(environment)
+	steps["env"] = step{true, fmt.Sprintf("%d names", len(environment))}
+	m.mutex.Lock()
+	m.token = wanted.Token
+	m.sealed = false
+	m.lastCall = time.Now()
+	m.mutex.Unlock()
+	steps["token"] = step{true, "set"}
+	return stream.Answer(map[string]any{"steps": steps, "offset_ns": offset})
+}
+
+func reseed(entropy []byte) (string, error) {
+	descriptor, err := syscall.Open("/dev/urandom", syscall.O_WRONLY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return "", err
+	}
+	defer syscall.Close(descriptor)
+	pool := struct {
+		bits, size int32
+		bytes      [entropyBytes]byte
+	}{bits: 8 * entropyBytes, size: entropyBytes}
+	copy(pool.bytes[:], entropy)
+	_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(descriptor), rndAddEntropy, uintptr(unsafe.Pointer(&pool)))
+	switch errno {
+	case 0:
+	case syscall.ENOTTY, syscall.ENOSYS, syscall.EINVAL:
+		// gVisor has no pool of its own: each read of random bytes comes from the host.
+		return "runtime", nil
+	default:
+		return "", errno
+	}
+	if _, _, errno = syscall.Syscall(syscall.SYS_IOCTL, uintptr(descriptor), rndReseed, 0); errno != 0 {
+		return "", errno
+	}
+	return "kernel", nil
+}
+
+// setClock steps the wall clock if it is off; time spent since the call arrived is added to the host's time.
+func setClock(hostUnixNS int64, arrived time.Time) (offsetNS int64, detail string, err error) {
+	offsetNS = arrived.UnixNano() - hostUnixNS
+	if offsetNS > -int64(clockTolerance) && offsetNS < int64(clockTolerance) {
+		return offsetNS, "kept", nil
+	}
+	now := syscall.NsecToTimespec(hostUnixNS + int64(time.Since(arrived)))
+	if _, _, errno := syscall.Syscall(syscall.SYS_CLOCK_SETTIME, 0, uintptr(unsafe.Pointer(&now)), 0); errno != 0 {
+		return offsetNS, "", fmt.Errorf("clock_settime: %w", errno)
+	}
+	return offsetNS, "stepped", nil
+}
+
+func setHostname(name string) error {
+	kernel := syscall.Sethostname([]byte(name))
+	if err := overwrite("/etc/hostname", []byte(name+"\n")); err != nil {
+		return err
+	}
+	hosts, err := os.ReadFile("/etc/hosts")
+	if err != nil && !os.IsNotExist(err) || len(hosts) > identityFileMax {
+		return fmt.Errorf("/etc/hosts: %v", err)
+	}
+	var kept bytes.Buffer
+	for line := range bytes.Lines(hosts) {
+		if !bytes.HasSuffix(bytes.TrimSpace(line), []byte(hostsMark)) {
+			kept.Write(line)
+		}
+	}
+	if kept.Len() > 0 && !bytes.HasSuffix(kept.Bytes(), []byte("\n")) {
+		kept.WriteByte('\n')
+	}
+	fmt.Fprintf(&kept, "127.0.1.1 %s %s\n", name, hostsMark)
+	if err := overwrite("/etc/hosts", kept.Bytes()); err != nil {
+		return err
+	}
+	if kernel != nil {
+		return fmt.Errorf("sethostname: %w", kernel)
+	}
+	return nil
+}
+
+// overwrite keeps the inode: these files may be bind mounts, over which nothing can be renamed.
+func overwrite(path string, content []byte) error {
+	return os.WriteFile(path, content, 0o644)
+}

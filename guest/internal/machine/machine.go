@@ -1,0 +1,128 @@
+// Package machine is what the host asks of the sandbox as a whole: identity, sealing, health, resources and ports.
+package machine
+
+import (
+	"crypto/subtle"
+	"os"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"time"
+
+	"pandastack/guest/internal/faults"
+	"pandastack/guest/internal/frames"
+	"pandastack/guest/internal/session"
+)
+
+// Processes is what this package needs to know of them.
+type Processes interface {
+	Counts() (live, baked int)
+	SetEnvironment(environment map[string]string)
+}
+
+// Machine keeps the state that identity changes.
+type Machine struct {
+	Build      string
+	Processes  Processes
+	ListenPort uint16 // left out of machine.ports; 0 for none
+
+	mutex    sync.Mutex
+	started  time.Time
+	sealed   bool
+	token    string
+	calls    int       // running calls that are not about the machine
+	lastCall time.Time // when the last of them ended
+}
+
+func New(build string, processes Processes) *Machine {
+	now := time.Now()
+	return &Machine{Build: build, Processes: processes, started: now, lastCall: now}
+}
+
+// Methods returns what a host may call; see PROTOCOL.md, section 7.
+func (m *Machine) Methods() map[string]session.Method {
+	return map[string]session.Method{
+		"machine.identity":  m.callIdentity,
+		"machine.seal":      m.callSeal,
+		"machine.health":    m.callHealth,
+		"machine.resources": m.callResources,
+		"machine.ports":     m.callPorts,
+	}
+}
+
+type welcome struct {
+	Version int    `json:"version"`
+	Nonce   string `json:"nonce"`
+	Build   string `json:"build"`
+	PID     int    `json:"pid"`
+	Sealed  bool   `json:"sealed"`
+	Live    int    `json:"live"`
+}
+
+// Welcome is the body of HELLO_OK.
+func (m *Machine) Welcome(nonce string) any {
+	live, _ := m.Processes.Counts()
+	m.mutex.Lock()
+	defer m.mutex.Unlock()
+	return welcome{frames.Version, nonce, m.Build, os.Getpid(), m.sealed, live}
+}
+
+// TokenMatches says whether a TCP host may speak. Before an identity there is no token and nothing to protect.
+func (m *Machine) TokenMatches(token string) bool {
+	m.mutex.Lock()
+	defer m.mutex.Unlock()
+	return m.token == "" || subtle.ConstantTimeCompare([]byte(token), []byte(m.token)) == 1
+}
+
+// Admit refuses what a sealed machine must not do, and keeps the idle clock.
+func (m *Machine) Admit(method string) (leave func(), err error) {
+	m.mutex.Lock()
+	defer m.mutex.Unlock()
+	if m.sealed && method != "machine.health" && method != "machine.seal" && method != "machine.identity" {
+		return nil, faults.New("sealed", "sealed until the next identity")
+	}
+	if strings.HasPrefix(method, "machine.") {
+		return func() {}, nil
+	}
+	m.calls++
+	return m.leave, nil
+}
+
+func (m *Machine) leave() {
+	m.mutex.Lock()
+	m.calls--
+	m.lastCall = time.Now()
+	m.mutex.Unlock()
+}
+
+func (m *Machine) callSeal(stream *session.Stream, _ []byte) error {
+	m.mutex.Lock()
+	m.sealed = true
+	m.mutex.Unlock()
+	// What the daemon frees now is not in the snapshot, and not in every sandbox made from it.
+	debug.FreeOSMemory()
+	live, _ := m.Processes.Counts()
+	return stream.Answer(map[string]int{"live": live})
+}
+
+type health struct {
+	Version  int    `json:"version"`
+	Build    string `json:"build"`
+	UptimeMS int64  `json:"uptime_ms"`
+	Sealed   bool   `json:"sealed"`
+	Live     int    `json:"live"`
+	Baked    int    `json:"baked"`
+	IdleMS   int64  `json:"idle_ms"`
+}
+
+func (m *Machine) callHealth(stream *session.Stream, _ []byte) error {
+	live, baked := m.Processes.Counts()
+	m.mutex.Lock()
+	answer := health{Version: frames.Version, Build: m.Build, UptimeMS: time.Since(m.started).Milliseconds(),
+		Sealed: m.sealed, Live: live, Baked: baked}
+	if live == 0 && m.calls == 0 {
+		answer.IdleMS = time.Since(m.lastCall).Milliseconds()
+	}
+	m.mutex.Unlock()
+	return stream.Answer(answer)
+}

@@ -1,0 +1,109 @@
+// The daemon inside a sandbox. It answers one host over stdin and stdout, and others over TCP; see PROTOCOL.md.
+// This file joins the parts: carriers, methods, signals.
+package main
+
+import (
+	"flag"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"os/signal"
+	"runtime"
+	"runtime/debug"
+	"syscall"
+	"time"
+
+	"pandastack/guest/internal/files"
+	"pandastack/guest/internal/machine"
+	"pandastack/guest/internal/processes"
+	"pandastack/guest/internal/session"
+)
+
+const (
+	build          = "0.11.0.dev0"
+	helloTimeout   = 10 * time.Second
+	maxConnections = 64
+	memoryGoal     = 96 << 20
+)
+
+func main() {
+	listen := flag.String("listen", "127.0.0.1:1024", "TCP address to serve besides stdin; empty for none")
+	noStdio := flag.Bool("no-stdio", false, "do not speak over stdin and stdout")
+	version := flag.Bool("version", false, "print the version and exit")
+	flag.Parse()
+	if *version {
+		fmt.Println("pandastack-guest", build, runtime.GOARCH)
+		return
+	}
+	// Small rather than fast: memory here is multiplied by every sandbox on the machine.
+	debug.SetGCPercent(50)
+	debug.SetMemoryLimit(memoryGoal)
+	runtime.GOMAXPROCS(min(runtime.NumCPU(), 4))
+	syscall.Umask(0o022)
+	handleSignals()
+
+	registry := processes.NewRegistry()
+	state := machine.New(build, registry)
+	server := &session.Server{Methods: map[string]session.Method{}, Welcome: state.Welcome, Token: state.TokenMatches,
+		Admit: state.Admit}
+	maps.Copy(server.Methods, registry.Methods())
+	maps.Copy(server.Methods, state.Methods())
+	maps.Copy(server.Methods, files.Methods())
+	registry.Activity = func(live int) { server.Broadcast(map[string]any{"type": "activity", "live": live}) }
+
+	if *listen != "" {
+		listener, err := net.Listen("tcp", *listen)
+		switch {
+		case err == nil:
+			state.ListenPort = uint16(listener.Addr().(*net.TCPAddr).Port)
+			go accept(listener, server)
+		case *noStdio:
+			fmt.Fprintln(os.Stderr, "pandastack-guest:", err)
+			os.Exit(1)
+		default:
+			// A sandbox without a network device, or a port that is taken, still has stdio.
+			fmt.Fprintln(os.Stderr, "pandastack-guest:", err)
+		}
+	}
+	if !*noStdio {
+		_ = server.Serve(descriptor(0), descriptor(1), true, func() {})
+	}
+	// Without stdin the daemon lives on: sandboxes outlive the host that started them.
+	select {}
+}
+
+// handleSignals keeps the daemon alive as PID 1, where nobody but the runtime below may end it. Signals are caught
+// and dropped instead of ignored, because an ignored signal would be inherited by every user process.
+func handleSignals() {
+	dropped := make(chan os.Signal, 1)
+	numbers := []os.Signal{syscall.SIGHUP, syscall.SIGPIPE, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2,
+		syscall.SIGALRM, syscall.SIGABRT}
+	if os.Getpid() == 1 {
+		numbers = append(numbers, syscall.SIGTERM, syscall.SIGINT)
+	}
+	signal.Notify(dropped, numbers...)
+	go func() {
+		for range dropped {
+		}
+	}()
+}
+
+func accept(listener net.Listener, server *session.Server) {
+	slots := make(chan struct{}, maxConnections)
+	for {
+		slots <- struct{}{}
+		connection, err := listener.Accept()
+		if err != nil {
+			<-slots
+			time.Sleep(100 * time.Millisecond)
+			continue
+		}
+		go func() {
+			defer func() { <-slots }()
+			defer connection.Close()
+			_ = connection.SetReadDeadline(time.Now().Add(helloTimeout))
+			_ = server.Serve(connection, connection, false, func() { _ = connection.SetReadDeadline(time.Time{}) })
+		}()
+	}
+}

@@ -1,0 +1,323 @@
+"""Everything the host asks of a sandbox, as typed methods over one session.
+
+Each method takes `timeout_s` for the guest's answer (None: no limit) and raises GuestTimeout after it. Paths are
+`str | bytes` with the meaning of `os.fsencode`. What the guest refuses is raised as in `stream.from_guest`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from pandastack.errors import GuestProtocolError, PandastackError
+from pandastack.host.guest.connection import ByteStream, GuestConnection, deadline
+from pandastack.host.guest.processes import ProcessSpec, ProcessStream
+from pandastack.host.guest.stream import Stream
+from pandastack.wire import guest as wire
+from pandastack.wire.guest import (
+    Exit,
+    FileStat,
+    Health,
+    IdentityReport,
+    OutputSlice,
+    Port,
+    ProcessEntry,
+    Resources,
+    Started,
+    WatchBatch,
+)
+
+ANSWER_TIMEOUT_S = 30.0
+Path = str | bytes
+
+
+class Guest:
+    """A session with one sandbox. Open with `open`, end with `close`; any number of tasks may use it at once."""
+
+    def __init__(self, connection: GuestConnection) -> None:
+        self.connection = connection
+
+    @classmethod
+    async def open(cls, channel: ByteStream, *, token: str | None = None, timeout_s: float = ANSWER_TIMEOUT_S) -> Guest:
+        """Start a session on a channel, which it owns from here on. Raises GuestTimeout, GuestGone, GuestProtocolError."""
+        return cls(await GuestConnection.open(channel, token=token, timeout_s=timeout_s))
+
+    async def close(self) -> None:
+        """End the session. Processes in the sandbox run on. Idempotent."""
+        await self.connection.close()
+
+    @property
+    def closed(self) -> bool:
+        return self.connection.closed
+
+    async def ended(self) -> PandastackError:
+        """Wait for the end of the session, and say why."""
+        return await self.connection.ended()
+
+    # Processes.
+
+    async def run(self, spec: ProcessSpec, *, timeout_s: float | None = ANSWER_TIMEOUT_S) -> ProcessStream:
+        """Start a program and follow it. `timeout_s` is for the start; the program's own limit is in the spec."""
+        return await self._follow("process.run", spec.params(), data=spec.stdin is True, timeout_s=timeout_s)
+
+    async def start(self, spec: ProcessSpec, *, timeout_s: float | None = ANSWER_TIMEOUT_S) -> Started:
+        """Start a program and leave it."""
+        return await self.connection.request("process.start", spec.params(), Started, timeout_s=timeout_s)
+
+    async def attach(
+        self,
+        process_id: str,
+        *,
+        stdout_offset: int | None = None,
+        stderr_offset: int | None = None,
+        timeout_s: float | None = ANSWER_TIMEOUT_S,
+    ) -> ProcessStream:
+        """Follow a process from these offsets on; None: from the oldest byte kept. Works after its end, too."""
+        params = _given(id=process_id, stdout_offset=stdout_offset, stderr_offset=stderr_offset)
+        return await self._follow("process.attach", params, data=False, timeout_s=timeout_s)
+
+    async def write_stdin(
+        self,
+        process_id: str,
+        data: bytes | AsyncIterable[bytes],
+        *,
+        close: bool = False,
+        timeout_s: float | None = ANSWER_TIMEOUT_S,
+    ) -> int:
+        """Feed stdin and return the number of bytes; `close` ends it. Waits for the process to take them."""
+        params = {"id": process_id, "keep_open": not close}
+        async with deadline(timeout_s), self.connection.call("process.stdin", params, data=True) as stream:
+            return wire.parse(wire.Bytes, await _upload(stream, data)).bytes
+
+    async def signal(self, process_id: str, signal: int, *, tree: bool = True, timeout_s: float | None = ANSWER_TIMEOUT_S) -> int:
+        """Signal the tree, or only the main process; returns how many got it. SIGKILL returns when the tree is gone."""
+        params = {"id": process_id, "signal": int(signal), "tree": tree}
+        return (await self.connection.request("process.signal", params, wire.Sent, timeout_s=timeout_s)).sent
+
+    async def wait(self, process_id: str, *, timeout_s: float | None = None) -> Exit:
+        """Wait for the end of a process without reading its output."""
+        return await self.connection.request("process.wait", {"id": process_id}, Exit, timeout_s=timeout_s)
+
+    async def list_processes(self, *, timeout_s: float | None = ANSWER_TIMEOUT_S) -> list[ProcessEntry]:
+        """Running processes and the last finished ones, in the order they were started."""
+        found: list[ProcessEntry] = []
+        async with deadline(timeout_s), self.connection.call("process.list", {}) as stream:
+            await stream.reply()
+            async for line in stream.lines():
+                found.extend(wire.parse(wire.ProcessBatch, line).processes)
+        return found
+
+    async def resize(self, process_id: str, rows: int, cols: int, *, timeout_s: float | None = ANSWER_TIMEOUT_S) -> None:
+        params = {"id": process_id, "rows": rows, "cols": cols}
+        await self.connection.request("process.resize", params, wire.Empty, timeout_s=timeout_s)
+
+    async def output(
+        self,
+        process_id: str,
+        channel: int,
+        offset: int,
+        limit_bytes: int = 128 << 10,
+        *,
+        timeout_s: float | None = ANSWER_TIMEOUT_S,
+    ) -> OutputSlice:
+        """A slice (at most 128 KiB) of what is kept of stdout (1) or stderr (2)."""
+        params = {"id": process_id, "stream": channel, "offset": offset, "limit": limit_bytes}
+        return await self.connection.request("process.output", params, OutputSlice, timeout_s=timeout_s)
+
+    # Files.
+
+    async def read_file(
+        self,
+        path: Path,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        timeout_s: float | None = ANSWER_TIMEOUT_S,
+    ) -> tuple[FileStat, AsyncIterator[bytes]]:
+        """What the file is, and its bytes. Iterate to the end or `aclose` the iterator, else the call stays open."""
+        params = _given(**_path(path), offset=offset, length=length)
+        stream = self.connection.start("file.read", params)
+        try:
+            async with deadline(timeout_s):
+                stat = wire.parse(FileStat, await stream.reply())
+        except BaseException:
+            stream.reset()
+            raise
+        return stat, _Body(stream)
+
+    async def write_file(
+        self,
+        path: Path,
+        data: bytes | AsyncIterable[bytes],
+        *,
+        mode: int | None = None,
+        owner: str | None = None,
+        parents: bool = True,
+        size: int | None = None,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Replace a file as a whole; returns its size. Readers never see half of it, and an abort leaves the old one."""
+        params = _given(**_path(path), mode=mode, owner=owner, parents=parents, size=size)
+        async with deadline(timeout_s), self.connection.call("file.write", params, data=True) as stream:
+            return wire.parse(wire.Bytes, await _upload(stream, data)).bytes
+
+    async def stat(self, path: Path, *, follow: bool = True, timeout_s: float | None = ANSWER_TIMEOUT_S) -> FileStat:
+        params = {**_path(path), "follow": follow}
+        return await self.connection.request("file.stat", params, FileStat, timeout_s=timeout_s)
+
+    async def list_dir(self, path: Path, *, timeout_s: float | None = ANSWER_TIMEOUT_S) -> AsyncIterator[FileStat]:
+        """The entries of a directory in its own order, links not followed; `timeout_s` is for the whole listing."""
+        async with deadline(timeout_s), self.connection.call("file.list", _path(path)) as stream:
+            await stream.reply()
+            async for line in stream.lines():
+                for entry in wire.parse(wire.FileBatch, line).entries:
+                    yield entry
+
+    async def mkdir(self, path: Path, *, parents: bool = True, mode: int = 0o755, timeout_s: float | None = ANSWER_TIMEOUT_S) -> bool:
+        """True if it was created; with `parents` an existing directory is no error."""
+        params = {**_path(path), "parents": parents, "mode": mode}
+        return (await self.connection.request("file.mkdir", params, wire.Created, timeout_s=timeout_s)).created
+
+    async def move(self, source: Path, destination: Path, *, overwrite: bool = False, timeout_s: float | None = ANSWER_TIMEOUT_S) -> None:
+        params = {**_path(source, "from"), **_path(destination, "to"), "overwrite": overwrite}
+        await self.connection.request("file.move", params, wire.Empty, timeout_s=timeout_s)
+
+    async def remove(self, path: Path, *, recursive: bool = False, timeout_s: float | None = ANSWER_TIMEOUT_S) -> None:
+        params = {**_path(path), "recursive": recursive}
+        await self.connection.request("file.remove", params, wire.Empty, timeout_s=timeout_s)
+
+    async def chmod(
+        self,
+        path: Path,
+        *,
+        mode: int | None = None,
+        owner: str | None = None,
+        recursive: bool = False,
+        timeout_s: float | None = ANSWER_TIMEOUT_S,
+    ) -> None:
+        """`owner` is "user" or "user:group", names or numbers."""
+        params = _given(**_path(path), mode=mode, owner=owner, recursive=recursive)
+        await self.connection.request("file.chmod", params, wire.Empty, timeout_s=timeout_s)
+
+    @contextlib.asynccontextmanager
+    async def watch(
+        self, path: Path, *, recursive: bool = False, timeout_s: float | None = ANSWER_TIMEOUT_S
+    ) -> AsyncIterator[AsyncIterator[WatchBatch]]:
+        """Inside the block changes are being watched; iterate over batches. The iteration ends when the path is gone."""
+        params = {**_path(path), "recursive": recursive}
+        async with self.connection.call("file.watch", params, data=True) as stream:
+            async with deadline(timeout_s):
+                await stream.reply()
+            yield _batches(stream)
+
+    # The machine.
+
+    async def identity(
+        self,
+        *,
+        sandbox_id: str,
+        hostname: str,
+        unix_ns: int,
+        entropy: bytes,
+        token: str,
+        env: Mapping[str, str],
+        machine_id: str,
+        timeout_s: float | None = ANSWER_TIMEOUT_S,
+    ) -> IdentityReport:
+        """Make this machine itself, and unseal it. `entropy` is 64 bytes; a failed step is in the report, not raised."""
+        params = {
+            "sandbox_id": sandbox_id,
+            "hostname": hostname,
+            "unix_ns": unix_ns,
+            "entropy_b64": base64.b64encode(entropy).decode(),
+            "token": token,
+            "env": dict(env),
+            "machine_id": machine_id,
+        }
+        return await self.connection.request("machine.identity", params, IdentityReport, timeout_s=timeout_s)
+
+    async def seal(self, *, timeout_s: float | None = ANSWER_TIMEOUT_S) -> int:
+        """Refuse work until the next identity; returns the number of live user processes."""
+        return (await self.connection.request("machine.seal", {}, wire.Live, timeout_s=timeout_s)).live
+
+    async def health(self, *, timeout_s: float | None = ANSWER_TIMEOUT_S) -> Health:
+        return await self.connection.request("machine.health", {}, Health, timeout_s=timeout_s)
+
+    async def resources(self, *, timeout_s: float | None = ANSWER_TIMEOUT_S) -> Resources:
+        return await self.connection.request("machine.resources", {}, Resources, timeout_s=timeout_s)
+
+    async def ports(self, *, timeout_s: float | None = ANSWER_TIMEOUT_S) -> list[Port]:
+        """Listening TCP sockets, without the daemon's own."""
+        return (await self.connection.request("machine.ports", {}, wire.Ports, timeout_s=timeout_s)).ports
+
+    async def warm(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, ready_timeout_s: float = 60.0) -> Started:
+        """Start a baked process and wait for its line `ready`; ["pandastack:python", module...] is the warm interpreter."""
+        params = {"argv": list(argv), "env": dict(env or {}), "ready_timeout_ms": round(ready_timeout_s * 1000)}
+        return await self.connection.request("machine.warm", params, Started, timeout_s=ready_timeout_s + 5)
+
+    async def _follow(self, method: str, params: Mapping[str, Any], *, data: bool, timeout_s: float | None) -> ProcessStream:
+        stream = self.connection.start(method, params, data=data)
+        try:
+            async with deadline(timeout_s):
+                return ProcessStream(stream, wire.parse(Started, await stream.reply()))
+        except BaseException:
+            stream.reset()
+            raise
+
+
+class _Body:
+    """The bytes of a file, with `aclose` for a reader that has seen enough."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> _Body:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            data = await self._stream.receive()
+        except BaseException:
+            self._stream.reset()
+            raise
+        if data is None:
+            wire.parse(wire.Bytes, self._stream.end)  # An end without a result is no end of file.
+            raise StopAsyncIteration
+        if data.channel != wire.Channel.BODY:
+            raise GuestProtocolError("the guest sent output as a body")
+        return data.data
+
+    async def aclose(self) -> None:
+        self._stream.reset()
+
+
+async def _batches(stream: Stream) -> AsyncIterator[WatchBatch]:
+    async for line in stream.lines():
+        yield wire.parse(WatchBatch, line)
+
+
+async def _upload(stream: Stream, data: bytes | AsyncIterable[bytes]) -> bytes:
+    if isinstance(data, bytes):
+        await stream.send(data)
+    else:
+        async for piece in data:
+            await stream.send(piece)
+            if stream.complete:
+                break  # Refused half way: the answer says why.
+    stream.finish_sending()
+    return await stream.answer()
+
+
+def _path(path: Path, name: str = "path") -> dict[str, str]:
+    raw = os.fsencode(path)
+    try:
+        return {name: raw.decode()}
+    except UnicodeDecodeError:
+        return {f"{name}_b64": base64.b64encode(raw).decode()}
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

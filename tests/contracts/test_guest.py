@@ -1,0 +1,609 @@
+"""What the host may rely on, asked of the real daemon: as an ordinary process, and as PID 1 of its own namespaces."""
+
+# `shell=` is a field of ProcessSpec here, and looking at /proc or a directory of three names does not block a loop.
+# ruff: noqa: S604, ASYNC221, ASYNC240, ASYNC110, PTH208
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pandastack import errors
+from pandastack.host.guest import Guest, ProcessSpec, ProcessStream
+from pandastack.wire import guest as wire
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+MIB = 1 << 20
+SOURCE = Path(__file__).parents[2] / "guest"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@dataclass
+class Descriptors:
+    read_fd: int
+    write_fd: int
+    fresh: bool = True
+
+
+@pytest.fixture(scope="session")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The daemon of this tree: from the environment, else built, else the installed wheel's."""
+    if named := os.environ.get("PANDASTACK_GUEST_BINARY"):
+        return Path(named)
+    if go := shutil.which("go"):
+        target = tmp_path_factory.mktemp("guest") / "pandastack-guest"
+        settings = os.environ | {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOPROXY": "off"}
+        subprocess.run([go, "build", "-o", str(target), "."], cwd=SOURCE, env=settings, check=True)
+        return target
+    installed = pytest.importorskip("pandastack_guest", reason="no guest binary: no Go toolchain and no pandastack-guest wheel")
+    return Path(installed.path())
+
+
+@dataclass
+class Daemon:
+    """A running daemon and our end of its stdio."""
+
+    process: subprocess.Popen[bytes]
+    socket: socket.socket
+    port: int
+
+    async def open(self, *, fresh: bool = True) -> Guest:
+        descriptor = os.dup(self.socket.fileno())
+        return await Guest.open(Descriptors(descriptor, descriptor, fresh), timeout_s=10)
+
+    async def connect(self, token: str | None = None) -> Guest:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=5)
+        descriptor = connection.detach()
+        return await Guest.open(Descriptors(descriptor, descriptor), token=token, timeout_s=10)
+
+    @property
+    def pid(self) -> int:
+        """Of the daemon itself: under `unshare` it is the child."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        is_unshare = Path(f"/proc/{self.process.pid}/comm").read_text().strip() == "unshare"
+        return int(children[0]) if is_unshare else self.process.pid
+
+    def rss_mib(self) -> float:
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 1024
+        raise AssertionError("no VmHWM")
+
+
+@contextlib.contextmanager
+def running(binary: Path, kind: str, tmp_path: Path) -> Iterator[Daemon]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [str(binary), "-listen", f"127.0.0.1:{port}"]
+    if kind == "pid1":
+        if os.geteuid() != 0:
+            pytest.skip("PID 1 of its own namespaces needs root")
+        # Its own copies of what identity writes; without SYS_TIME, for a test must not set this machine's clock.
+        script = 'for f in hostname hosts machine-id; do cp /etc/$f "$0/$f" 2>/dev/null || : > "$0/$f"; '
+        script += 'touch /etc/$f; mount --bind "$0/$f" /etc/$f; done; exec setpriv --bounding-set=-sys_time "$@"'
+        command = ["unshare", "-p", "-f", "-m", "-u", "--mount-proc", "--kill-child", "sh", "-c", script, str(tmp_path), *command]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process = subprocess.Popen(command, stdin=theirs, stdout=theirs, start_new_session=True)
+        theirs.close()
+        try:
+            yield Daemon(process, ours, port)
+        finally:
+            process.kill()
+            process.wait(timeout=10)
+
+
+@pytest.fixture(params=["process", "pid1"])
+def daemon(binary: Path, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Daemon]:
+    with running(binary, request.param, tmp_path) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def plain(binary: Path, tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon that is not PID 1, for promises that do not depend on it."""
+    with running(binary, "process", tmp_path) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+async def guest(daemon: Daemon) -> AsyncIterator[Guest]:
+    guest = await daemon.open()
+    yield guest
+    await guest.close()
+
+
+@pytest.fixture
+async def one(plain: Daemon) -> AsyncIterator[Guest]:
+    guest = await plain.open()
+    yield guest
+    await guest.close()
+
+
+async def collect(stream: ProcessStream) -> tuple[bytes, bytes, wire.Exit]:
+    out, err = bytearray(), bytearray()
+    async for piece in stream:
+        target = out if piece.channel == wire.Channel.STDOUT else err
+        assert piece.offset == len(target)
+        target += piece.data
+    return bytes(out), bytes(err), stream.exit
+
+
+async def run(guest: Guest, **spec: object) -> tuple[bytes, bytes, wire.Exit]:
+    return await collect(await guest.run(ProcessSpec(**spec)))  # type: ignore[arg-type]
+
+
+async def pieces(data: bytes, size: int = 100_000) -> AsyncIterator[bytes]:
+    for at in range(0, len(data), size):
+        yield data[at : at + size]
+
+
+async def until(condition: object, timeout_s: float = 10) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.02)
+
+
+class TestProcesses:
+    async def test_run_separates_outputs_and_reports_the_code(self, guest: Guest) -> None:
+        out, err, end = await run(guest, shell="printf out; printf err >&2; exit 7")
+        assert (out, err, end.exit_code, end.reason, end.code) == (b"out", b"err", 7, "exited", 7)
+        assert (end.stdout_bytes, end.stderr_bytes) == (3, 3)
+
+    async def test_signal_is_no_exit_code(self, guest: Guest) -> None:
+        _, _, end = await run(guest, shell="kill -TERM $$")
+        assert (end.exit_code, end.signal, end.reason, end.code) == (None, 15, "signaled", 143)
+
+    async def test_signals_are_not_ignored_by_inheritance(self, guest: Guest) -> None:
+        out, _, _ = await run(guest, argv=["grep", "-E", "^Sig(Ign|Blk)", "/proc/self/status"])
+        assert all(int(line.split()[1], 16) == 0 for line in out.splitlines())
+
+    async def test_environment_directory_and_user(self, guest: Guest) -> None:
+        out, _, _ = await run(guest, shell='echo "$A $HOME $USER $PWD"', env={"A": "ä b"}, cwd="/tmp")
+        assert out.decode().split("\n")[0] == "ä b /root root /tmp"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="another user needs root")
+    async def test_another_user_has_its_ids_and_groups(self, guest: Guest) -> None:
+        out, _, _ = await run(guest, argv=["id", "-un"], user="nobody")
+        assert out == b"nobody\n"
+
+    async def test_capabilities_are_bounded(self, guest: Guest) -> None:
+        out, _, _ = await run(guest, argv=["grep", "CapBnd", "/proc/self/status"])
+        assert int(out.split()[1], 16) & ~0xA80405FB == 0
+
+    @pytest.mark.parametrize(
+        ("spec", "code", "errno"),
+        [
+            ({"argv": ["no-such-program"]}, "not_executable", 2),
+            ({"argv": ["/etc/passwd"]}, "not_executable", 13),
+            ({"argv": ["true"], "cwd": "/nowhere"}, "bad_cwd", 2),
+            ({"argv": ["true"], "user": "nobody-like-this"}, "unknown_user", None),
+            ({"argv": ["true"], "shell": "true"}, "invalid", None),
+            ({"argv": ["a\0b"]}, "invalid", None),
+        ],
+    )
+    async def test_what_cannot_start_is_a_typed_error(self, one: Guest, spec: dict[str, object], code: str, errno: int | None) -> None:
+        with pytest.raises(errors.InvalidRequest) as caught:
+            await run(one, **spec)
+        assert (caught.value.guest_code, caught.value.guest_errno) == (code, errno)
+        assert (await one.health()).live == 0
+
+    async def test_stdin_at_once_and_streamed(self, guest: Guest) -> None:
+        assert (await run(guest, argv=["cat"], stdin=b"\0\xff" * 30_000))[0] == b"\0\xff" * 30_000
+        data = os.urandom(5 * MIB)
+        async with await guest.run(ProcessSpec(argv=["cat"], stdin=True)) as stream, asyncio.TaskGroup() as tasks:
+            reader = tasks.create_task(collect(stream))
+            async for piece in pieces(data):
+                await stream.write(piece)
+            stream.end_input()
+        assert reader.result()[0] == data
+
+    async def test_stdin_of_a_started_process(self, one: Guest) -> None:
+        started = await one.start(ProcessSpec(argv=["cat"], stdin=True))
+        assert await one.write_stdin(started.id, b"one ") == 4
+        await one.write_stdin(started.id, b"two", close=True)
+        assert (await collect(await one.attach(started.id)))[0] == b"one two"
+
+    async def test_pty_is_a_terminal_of_the_given_size(self, guest: Guest) -> None:
+        async with await guest.run(ProcessSpec(shell="tty; stty size; read x; stty size; echo $TERM", stdin=True, pty=(40, 90))) as stream:
+            seen = b""
+            async for piece in stream:
+                seen += piece.data
+                if b"40 90\r\n" in seen and b"go" not in seen:
+                    await guest.resize(stream.id, 50, 100)
+                    await stream.write(b"go\n")
+        assert b"/dev/pts/" in seen
+        assert b"50 100\r\nxterm-256color\r\n" in seen
+        assert stream.exit.exit_code == 0
+
+    async def test_background_child_delays_the_end_only_briefly(self, guest: Guest) -> None:
+        started = time.monotonic()
+        out, _, end = await run(guest, shell="echo now; sleep 30 &")
+        assert (out, end.exit_code) == (b"now\n", 0)
+        assert time.monotonic() - started < 5
+        await guest.signal(end.id, signal.SIGKILL)
+
+    async def test_timeout_kills_the_tree(self, guest: Guest, tmp_path: Path) -> None:
+        mark = f"31{os.getpid()}.5"
+        _, _, end = await run(guest, shell=f"sleep {mark} & sleep {mark}", timeout_s=0.3)
+        assert (end.reason, end.signal) == ("timeout", 9)
+        assert mark not in subprocess.run(["ps", "axo", "args"], capture_output=True, text=True, check=True).stdout
+
+    async def test_kill_reaches_a_daemon_that_left_the_session(self, guest: Guest) -> None:
+        mark = f"32{os.getpid()}.5"
+        leave = f"setsid sh -c '(setsid sleep {mark} </dev/null >/dev/null 2>&1 &)' & wait; echo left; sleep 60"
+        async with await guest.run(ProcessSpec(shell=leave)) as stream:
+            assert (await anext(stream)).data == b"left\n"
+            assert await guest.signal(stream.id, signal.SIGKILL) >= 2
+            assert (await stream.wait()).reason == "killed"
+        assert mark not in subprocess.run(["ps", "axo", "args"], capture_output=True, text=True, check=True).stdout
+
+    async def test_orphans_are_reaped(self, daemon: Daemon, guest: Guest) -> None:
+        await run(guest, shell="for i in 1 2 3 4 5; do (true &) ; done")
+        children = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children")
+        await until(lambda: not children.read_text().split())
+
+    async def test_two_hundred_at_once(self, guest: Guest) -> None:
+        ends = await asyncio.gather(*(run(guest, shell=f"echo {n}; exit {n % 100}") for n in range(200)))
+        assert [(out, end.exit_code) for out, _, end in ends] == [(f"{n}\n".encode(), n % 100) for n in range(200)]
+        assert (await guest.health()).live == 0
+
+    async def test_ids_are_the_callers_and_unique(self, one: Guest) -> None:
+        await one.start(ProcessSpec(argv=["sleep", "30"], id="mine-1"))
+        with pytest.raises(errors.Conflict):
+            await one.start(ProcessSpec(argv=["true"], id="mine-1"))
+        listed = {entry.id: entry for entry in await one.list_processes()}
+        assert (listed["mine-1"].running, listed["mine-1"].argv) == (True, ["sleep", "30"])
+        await one.signal("mine-1", signal.SIGTERM)
+        assert (await one.wait("mine-1")).signal == 15
+        with pytest.raises(errors.ProcessNotFound):
+            await one.wait("unknown")
+
+    async def test_finished_processes_stay_for_a_while(self, one: Guest) -> None:
+        for n in range(80):
+            await run(one, argv=["echo", str(n)])
+        async with asyncio.timeout(10):
+            while len(kept := await one.list_processes()) > 66:
+                await asyncio.sleep(0.05)
+        assert len(kept) >= 60
+        assert (await collect(await one.attach(kept[-1].id)))[0] == b"79\n"
+
+    async def test_activity_is_announced(self, one: Guest) -> None:
+        seen: list[int] = []
+        one.connection.on_activity = seen.append
+        started = await one.start(ProcessSpec(argv=["sleep", "30"]))
+        await until(lambda: seen == [1])
+        await one.signal(started.id, signal.SIGKILL)
+        await until(lambda: seen == [1, 0])
+
+
+class TestOutput:
+    async def test_a_gibibyte_passes_in_bounded_memory(self, plain: Daemon, one: Guest) -> None:
+        total, expected = 0, 1 << 30
+        async for piece in await one.run(ProcessSpec(shell=f"head -c {expected} /dev/zero")):
+            assert piece.offset == total
+            total += len(piece.data)
+        assert total == expected
+        assert plain.rss_mib() < 64
+
+    async def test_a_slow_reader_pauses_the_process_and_loses_nothing(self, one: Guest) -> None:
+        size = 40 * MIB
+        stream = await one.run(ProcessSpec(shell=f"seq 1 100000000 | head -c {size}; echo done >&2", output_limit_bytes=MIB))
+        first = await anext(stream)
+        await asyncio.sleep(0.5)
+        assert (await one.output(stream.id, 1, 0)).next < 10 * MIB
+        seen = len(first.data)
+        async for piece in stream:
+            if piece.channel == 1:
+                assert piece.offset == seen
+                seen += len(piece.data)
+        assert seen == size
+
+    async def test_attach_again_goes_on_at_the_offset(self, plain: Daemon, one: Guest) -> None:
+        started = await one.start(ProcessSpec(shell="seq 1 300000; read x; seq 1 10", stdin=True))
+        expected = subprocess.run("seq 1 300000; seq 1 10", shell=True, capture_output=True, check=True).stdout  # noqa: S602
+        seen = b""
+        async for piece in await one.attach(started.id):
+            seen += piece.data
+            if len(seen) > 500_000:
+                break
+        await one.close()
+        again = await plain.open()
+        stream = await again.attach(started.id, stdout_offset=len(seen))
+        await again.write_stdin(started.id, b"\n", close=True)
+        async for piece in stream:
+            assert piece.offset == len(seen)
+            seen += piece.data
+        assert seen == expected
+        await again.close()
+
+    async def test_without_reader_the_oldest_bytes_go(self, one: Guest) -> None:
+        started = await one.start(ProcessSpec(shell=f"head -c {5 * MIB} /dev/zero", output_limit_bytes=MIB))
+        end = await one.wait(started.id)
+        assert end.stdout_bytes == 5 * MIB
+        stream = await one.attach(started.id, stdout_offset=0)
+        assert stream.started.stdout.first >= 3 * MIB
+        offsets = [(piece.offset, len(piece.data)) async for piece in stream]
+        assert offsets[0][0] == stream.started.stdout.first
+        assert sum(offsets[-1]) == 5 * MIB
+
+    async def test_detached_runs_live_on_or_die_as_asked(self, one: Guest) -> None:
+        kept = await one.run(ProcessSpec(argv=["sleep", "30"], id="kept"))
+        killed = await one.run(ProcessSpec(argv=["sleep", "30"], id="killed", kill_on_detach=True))
+        kept.close()
+        killed.close()
+        assert (await one.wait("killed", timeout_s=10)).signal == 9
+        assert {entry.id: entry.running for entry in await one.list_processes()}["kept"]
+
+
+class TestFiles:
+    async def test_write_and_read_any_bytes_under_any_name(self, guest: Guest, tmp_path: Path) -> None:
+        data = os.urandom(3 * MIB + 17)
+        path = os.fsencode(tmp_path) + b"/new/\xff\n\xe4"
+        assert await guest.write_file(path, pieces(data), mode=0o640) == len(data)
+        stat, body = await guest.read_file(path)
+        assert b"".join([piece async for piece in body]) == data
+        assert (stat.size, stat.mode, stat.type, stat.name_bytes) == (len(data), 0o640, "file", b"\xff\n\xe4")
+        _, body = await guest.read_file(path, offset=5, length=10)
+        assert b"".join([piece async for piece in body]) == data[5:15]
+        assert [entry.name_bytes async for entry in guest.list_dir(tmp_path / "new")] == [b"\xff\n\xe4"]
+
+    async def test_aborted_write_leaves_the_old_file_and_nothing_else(self, plain: Daemon, one: Guest, tmp_path: Path) -> None:
+        target = tmp_path / "file"
+        target.write_bytes(b"old")
+
+        async def stops_half_way() -> AsyncIterator[bytes]:
+            yield bytes(MIB)
+            raise RuntimeError("the client hung up")
+
+        with pytest.raises(RuntimeError):
+            await one.write_file(str(target), stops_half_way())
+        await until(lambda: os.listdir(tmp_path) == ["file"])
+        stream = one.connection.start("file.write", {"path": str(target)}, data=True)
+        await stream.send(bytes(MIB))
+        await until(lambda: len(os.listdir(tmp_path)) == 2)
+        await one.close()
+        again = await plain.open(fresh=False)
+        await until(lambda: os.listdir(tmp_path) == ["file"])
+        assert target.read_bytes() == b"old"
+        await again.close()
+
+    async def test_write_keeps_mode_and_follows_links(self, one: Guest, tmp_path: Path) -> None:
+        (tmp_path / "real").write_bytes(b"old")
+        (tmp_path / "real").chmod(0o755)
+        (tmp_path / "link").symlink_to("real")
+        await one.write_file(str(tmp_path / "link"), b"new")
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "real").read_bytes() == b"new"
+        assert (tmp_path / "real").stat().st_mode & 0o777 == 0o755
+
+    async def test_large_directories_come_in_batches(self, one: Guest, tmp_path: Path) -> None:
+        for n in range(3000):
+            (tmp_path / f"{'x' * 100}{n}").touch()
+        assert len([entry async for entry in one.list_dir(str(tmp_path))]) == 3000
+
+    async def test_errors_are_typed(self, one: Guest, tmp_path: Path) -> None:
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "file").touch()
+        base = str(tmp_path)
+        for call, kind, code in [
+            (one.stat(base + "/none"), errors.FileNotFound, "not_found"),
+            (one.read_file(base + "/full"), errors.FileConflict, "is_a_directory"),
+            (one.remove(base + "/full"), errors.FileConflict, "not_empty"),
+            (one.mkdir(base + "/full", parents=False), errors.FileConflict, "exists"),
+            (one.stat(base + "/full/file/x"), errors.FileConflict, "not_a_directory"),
+            (one.stat("relative"), errors.InvalidRequest, "invalid"),
+            (one.move(base + "/full/file", base + "/full"), errors.FileConflict, "exists"),
+            (one.write_file(base + "/full", b""), errors.FileConflict, "is_a_directory"),
+            (one.write_file("/proc/none/x", b"x"), errors.PandastackError, None),
+        ]:
+            with pytest.raises(kind) as caught:
+                await call
+            if code:
+                assert caught.value.guest_code == code
+
+    async def test_making_moving_and_removing(self, one: Guest, tmp_path: Path) -> None:
+        base = str(tmp_path)
+        assert await one.mkdir(base + "/a/b", mode=0o700)
+        assert not await one.mkdir(base + "/a/b")
+        await one.write_file(base + "/a/b/file", b"1")
+        await one.chmod(base + "/a", mode=0o750, recursive=True)
+        assert (tmp_path / "a/b/file").stat().st_mode & 0o777 == 0o750
+        await one.move(base + "/a", base + "/c")
+        await one.move(base + "/c/b/file", f"/dev/shm/guest-test-{os.getpid()}")
+        await one.move(f"/dev/shm/guest-test-{os.getpid()}", base + "/back")
+        assert (tmp_path / "back").read_bytes() == b"1"
+        await one.remove(base + "/c", recursive=True)
+        assert os.listdir(tmp_path) == ["back"]
+
+    async def test_watch_sees_changes_below(self, one: Guest, tmp_path: Path) -> None:
+        seen: set[tuple[str, str]] = set()
+        async with one.watch(str(tmp_path), recursive=True) as batches:
+            (tmp_path / "new").mkdir()
+            (tmp_path / "new" / "file").write_bytes(b"x")
+            (tmp_path / "new").rename(tmp_path / "moved")
+            await asyncio.sleep(0.1)
+            (tmp_path / "moved" / "file").unlink()
+            async for batch in batches:
+                seen |= {(event.type, os.path.relpath(event.path_bytes.decode(), tmp_path)) for event in batch.events}
+                if ("delete", "moved/file") in seen:
+                    break
+        assert {("create", "new"), ("create", "new/file"), ("move_from", "new"), ("move_to", "moved")} <= seen
+
+
+class TestMachine:
+    async def test_identity_and_seal(self, binary: Path, tmp_path: Path) -> None:
+        with running(binary, "pid1", tmp_path) as daemon:
+            guest = await daemon.open()
+            assert guest.connection.greeting.pid == 1
+            await guest.seal()
+            with pytest.raises(errors.GuestError) as caught:
+                await run(guest, argv=["true"])
+            assert caught.value.guest_code == "sealed"
+            assert (await guest.health()).sealed
+            who = {"sandbox_id": "s", "hostname": "box-1", "entropy": os.urandom(64), "token": "secret", "env": {"B": "2"}}
+            report = await guest.identity(unix_ns=time.time_ns() - 10**10, machine_id="0" * 31 + "1", **who)  # type: ignore[arg-type]
+            failed = [name for name, step in report.steps.items() if not step.ok]
+            assert failed == ["clock"]  # It may not set this machine's clock, and says so.
+            assert 9.9e9 < report.offset_ns < 12e9
+            out, _, _ = await run(guest, shell="echo $B; hostname; cat /etc/machine-id; grep box-1 /etc/hosts")
+            assert out.splitlines()[:3] == [b"2", b"box-1", b"0" * 31 + b"1"]
+            assert not (await guest.health()).sealed
+            await guest.close()
+
+    async def test_resources_and_ports(self, plain: Daemon, one: Guest) -> None:
+        resources = await one.resources()
+        assert resources.memory_total_bytes > resources.memory_available_bytes > 0
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            ports = {entry.port: entry for entry in await one.ports()}
+            assert ports[server.getsockname()[1]].address == "127.0.0.1"
+        assert plain.port not in ports
+
+    async def test_idle_time_counts_only_without_processes(self, one: Guest) -> None:
+        await run(one, argv=["true"])
+        await asyncio.sleep(0.1)
+        assert (await one.health()).idle_ms >= 100
+        await one.start(ProcessSpec(argv=["sleep", "20"], id="busy"))
+        assert (await one.health()).idle_ms == 0
+        await one.signal("busy", 9)
+
+    async def test_idle_daemon_burns_nothing(self, plain: Daemon, one: Guest) -> None:
+        await run(one, argv=["true"])
+        used = [Path(f"/proc/{plain.pid}/stat").read_text().split()[13:15]]
+        await asyncio.sleep(1)
+        used.append(Path(f"/proc/{plain.pid}/stat").read_text().split()[13:15])
+        assert used[0] == used[1]
+        assert plain.rss_mib() < 24
+
+
+class TestSessions:
+    async def test_new_session_on_an_old_stream(self, plain: Daemon) -> None:
+        """A host died with a frame half sent; the next one pads, and is not glued to it."""
+        old = await plain.open()
+        started = await old.start(ProcessSpec(argv=["sleep", "30"]))
+        old.connection._shut(errors.GuestGone("the host died"))
+        half = b"".join(wire.encode(wire.Kind.DATA, 1, bytes(1000), 1))
+        for cut in (1, 11, 12, 500):
+            plain.socket.sendall(half[:cut])
+            again = await plain.open(fresh=False)
+            assert [entry.id for entry in await again.list_processes() if entry.running] == [started.id]
+            again.connection._shut(errors.GuestGone("the host died"))
+        last = await plain.open(fresh=False)
+        await last.signal(started.id, 9)
+        await last.close()
+
+    async def test_old_output_is_discarded(self, plain: Daemon) -> None:
+        old = await plain.open()
+        await old.run(ProcessSpec(shell="yes"))
+        await asyncio.sleep(0.2)
+        old.connection._shut(errors.GuestGone("the host died"))
+        again = await plain.open(fresh=False)
+        assert (await run(again, argv=["echo", "clean"]))[0] == b"clean\n"
+        for entry in await again.list_processes():
+            if entry.running:
+                await again.signal(entry.id, 9)
+        await again.close()
+
+    async def test_daemon_outlives_stdin_and_is_reached_over_tcp(self, plain: Daemon) -> None:
+        first = await plain.open()
+        started = await first.start(ProcessSpec(argv=["sleep", "30"]))
+        await first.close()
+        plain.socket.shutdown(socket.SHUT_RDWR)
+        second, third = await plain.connect(), await plain.connect()
+        assert [entry.id for entry in await second.list_processes()] == [started.id]
+        await third.signal(started.id, 9)
+        assert (await second.wait(started.id)).signal == 9
+        await second.close()
+        await third.close()
+
+    async def test_tcp_needs_the_token(self, binary: Path, tmp_path: Path) -> None:
+        with running(binary, "pid1", tmp_path) as daemon:
+            guest = await daemon.open()
+            await guest.identity(
+                sandbox_id="s", hostname="box", unix_ns=time.time_ns(), entropy=bytes(64), token="secret", env={}, machine_id=""
+            )
+            for wrong in (None, "", "secreT"):
+                with pytest.raises(errors.GuestProtocolError) as caught:
+                    await daemon.connect(wrong)
+                assert caught.value.guest_code == "token"
+            right = await daemon.connect("secret")
+            await right.health()
+            await right.close()
+            await guest.close()
+
+    async def test_small_calls_pass_bulk(self, one: Guest) -> None:
+        stream = await one.run(ProcessSpec(shell="yes"))
+        slowest = 0.0
+        async with asyncio.TaskGroup() as tasks:
+            reader = tasks.create_task(stream.wait())
+            for _ in range(20):
+                begun = time.monotonic()
+                await one.health()
+                slowest = max(slowest, time.monotonic() - begun)
+            await one.signal(stream.id, 9)
+        assert reader.result().signal == 9
+        assert slowest < 1
+
+
+class TestWarm:
+    @pytest.fixture
+    async def warm(self, guest: Guest) -> Guest:
+        if os.geteuid() != 0:
+            pytest.skip("the warm interpreter's directory needs root")
+        await guest.warm(["pandastack:python", "json"], env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"})
+        return guest
+
+    CODES = (
+        "import sys; print(sys.argv, __name__, sys.path[0] == '')",
+        "print(sorted(globals()))",
+        "1/0",
+        "def f(:",
+        "import sys; sys.exit('bye')",
+        "import sys; sys.exit(300)",
+        "raise SystemExit",
+        "import os; os.kill(os.getpid(), 15)",
+        "raise KeyboardInterrupt",
+        "import os; os.write(1, b'a'); print('b', end=''); os._exit(3)",
+        "import atexit; atexit.register(print, 'last'); print('first')",
+        "import threading, time; threading.Thread(target=lambda: (time.sleep(.1), print('t'))).start(); print('m')",
+        "import sys; print(sys.stdin.read().upper()); print('e', file=sys.stderr)",
+        "import signal; print(signal.getsignal(signal.SIGINT).__name__, signal.getsignal(signal.SIGCHLD))",
+        "import os; print(os.getsid(0) == os.getpid(), os.getcwd(), os.environ['X'], sorted(os.listdir('/proc/self/fd')))",
+        "try:\n    {}['a']\nexcept KeyError:\n    raise ValueError('b')",
+    )
+
+    async def test_a_fork_behaves_as_a_fresh_python(self, warm: Guest) -> None:
+        path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+        for code in self.CODES:
+            common = {"env": {"PATH": path, "X": "1"}, "stdin": b"in", "cwd": "/tmp"}
+            forked = await run(warm, python=code, **common)
+            fresh = await run(warm, argv=["python3", "-c", code], **common)
+            assert forked[:2] == fresh[:2], code
+            assert (forked[2].exit_code, forked[2].signal) == (fresh[2].exit_code, fresh[2].signal), code
+        entries = {entry.id: entry for entry in await warm.list_processes()}
+        assert sum(entry.warm for entry in entries.values()) == len(self.CODES)
+        assert (await warm.health()).baked == 1
+
+    async def test_forks_differ_in_random_numbers_and_can_be_killed(self, warm: Guest) -> None:
+        path = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+        outs = [await run(warm, python="import random; print(random.random())", env=path) for _ in range(3)]
+        assert len({out for out, _, _ in outs}) == 3
+        _, _, end = await run(warm, python="import time; time.sleep(60)", env=path, timeout_s=0.2)
+        assert end.reason == "timeout"
+        assert (await run(warm, python="print(1)", env=path))[0] == b"1\n"
