@@ -1,0 +1,168 @@
+"""What control can ask of a host. This is the seam between what talks to the network and what needs root.
+
+On one machine the implementation is `pandastack.host.app.HostService`, in the same process; on a fleet it will be a
+client on the bus. `FakeHost` (control/fake_host.py) is the third. `tests/contracts/test_host.py` holds them to this text.
+
+Every method may raise `SandboxNotFound` where it takes a sandbox id, `SandboxNotRunning` where it needs it running, and a
+`GuestError` where it asks the daemon inside. Iterators are async generators: close them (`contextlib.aclosing`) and
+the work they stand for is given up, except that a started process goes on until it ends or is signalled.
+Paths are bytes, absolute, and are resolved only inside the sandbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Generic, Literal, Protocol, TypeVar
+
+from pandastack.errors import GuestTimeout, PandastackError
+from pandastack.wire.files import ChangeMode, FileEntry, FileEvent
+from pandastack.wire.host import (
+    HostCreate,
+    HostEvent,
+    HostInfo,
+    HostSandbox,
+    Output,
+    OutputSlice,
+    ProcessExit,
+)
+from pandastack.wire.ids import HostId, ProcessId, SandboxId
+from pandastack.wire.processes import ExecRequest, ProcessStart, ProcessView, PtySize, SignalRequest
+from pandastack.wire.sandboxes import SandboxMetrics
+from pandastack.wire.templates import BakeProgress
+
+T = TypeVar("T")
+
+
+class closing(Generic[T]):
+    """Close an iterator of a host when the block ends, however it ends."""
+
+    def __init__(self, items: AsyncIterator[T]) -> None:
+        self._items = items
+
+    async def __aenter__(self) -> AsyncIterator[T]:
+        return self._items
+
+    async def __aexit__(self, *_error: object) -> None:
+        close = getattr(self._items, "aclose", None)
+        if close is not None:
+            await close()
+
+
+@asynccontextmanager
+async def deadline(seconds: float, message: str = "the host did not answer in time") -> AsyncIterator[None]:
+    """Every wait has an end: raises GuestTimeout after `seconds`. (SandboxTimeout, a TimeoutError too, passes through.)"""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        if isinstance(error, PandastackError):
+            raise
+        raise GuestTimeout(message) from error
+
+
+class Host(Protocol):
+    """One machine that runs sandboxes."""
+
+    id: HostId
+
+    async def describe(self) -> HostInfo:
+        """Runtimes, templates, totals and reservations, as of now."""
+        ...
+
+    async def events(self, after: int, *, timeout_s: float) -> builtins.list[HostEvent]:
+        """Events with `seq` > `after`, oldest first; waits up to `timeout_s` for one; may be empty."""
+        ...
+
+    # Sandboxes
+
+    async def create(self, request: HostCreate) -> HostSandbox:
+        """Make a running sandbox whose guest has confirmed its identity. All or nothing.
+
+        Raises CapacityError, TemplateNotReady, DiskFull or HostUnfit when nothing was created and it is worth (or
+        not worth) trying again, TemplateNotFound, RuntimeFailed after the undo.
+        """
+        ...
+
+    async def get(self, sandbox_id: SandboxId) -> HostSandbox: ...
+
+    async def list(self) -> builtins.list[HostSandbox]: ...
+
+    async def delete(self, sandbox_id: SandboxId) -> None:
+        """Idempotent: an unknown id is success."""
+        ...
+
+    async def metrics(self, sandbox_id: SandboxId) -> SandboxMetrics: ...
+
+    # Processes
+
+    def run(self, sandbox_id: SandboxId, request: ExecRequest, process_id: ProcessId) -> AsyncIterator[ProcessView | Output | ProcessExit]:
+        """Start a command and follow it: first a ProcessView, then Output, at last exactly one ProcessExit.
+
+        A slow reader slows the command down; nothing is lost. Closing the iterator early leaves the command running.
+        """
+        ...
+
+    async def start_process(self, sandbox_id: SandboxId, request: ProcessStart) -> ProcessView: ...
+
+    async def list_processes(self, sandbox_id: SandboxId) -> builtins.list[ProcessView]: ...
+
+    async def get_process(self, sandbox_id: SandboxId, process_id: ProcessId) -> ProcessView: ...
+
+    def attach(
+        self, sandbox_id: SandboxId, process_id: ProcessId, *, stdout_offset: int = 0, stderr_offset: int = 0
+    ) -> AsyncIterator[ProcessView | Output | ProcessExit]:
+        """Follow a process from byte offsets; same items as `run`. The first Output shows where it really starts."""
+        ...
+
+    async def read_output(
+        self, sandbox_id: SandboxId, process_id: ProcessId, channel: Literal["stdout", "stderr"], *, offset: int, limit: int
+    ) -> OutputSlice: ...
+
+    async def write_stdin(self, sandbox_id: SandboxId, process_id: ProcessId, data: AsyncIterator[bytes], *, close: bool) -> int:
+        """Feed the standard input of a process started with `stdin`; returns the bytes taken."""
+        ...
+
+    async def signal_process(self, sandbox_id: SandboxId, process_id: ProcessId, request: SignalRequest) -> None: ...
+
+    async def resize_process(self, sandbox_id: SandboxId, process_id: ProcessId, size: PtySize) -> None: ...
+
+    # Files
+
+    async def read_file(
+        self, sandbox_id: SandboxId, path: bytes, *, offset: int = 0, length: int | None = None
+    ) -> tuple[FileEntry, AsyncIterator[bytes]]:
+        """The file's entry and its bytes from `offset`, at most `length`; raises FileNotFound, FileConflict (a directory)."""
+        ...
+
+    async def write_file(
+        self, sandbox_id: SandboxId, path: bytes, data: AsyncIterator[bytes], *, mode: int | None = None, owner: str | None = None
+    ) -> int:
+        """Replace a file atomically, parents made; an error or a cancelled write leaves the old one. Returns its size."""
+        ...
+
+    async def stat_file(self, sandbox_id: SandboxId, path: bytes) -> FileEntry: ...
+
+    def list_dir(self, sandbox_id: SandboxId, path: bytes) -> AsyncIterator[builtins.list[FileEntry]]:
+        """Entries in batches, in no particular order, never the whole of a large directory at once."""
+        ...
+
+    async def make_dir(self, sandbox_id: SandboxId, path: bytes, *, parents: bool, mode: int) -> None: ...
+
+    async def move_file(self, sandbox_id: SandboxId, source: bytes, destination: bytes, *, overwrite: bool) -> None: ...
+
+    async def remove_file(self, sandbox_id: SandboxId, path: bytes, *, recursive: bool) -> None: ...
+
+    async def change_mode(self, sandbox_id: SandboxId, path: bytes, request: ChangeMode) -> None: ...
+
+    def watch_files(self, sandbox_id: SandboxId, path: bytes, *, recursive: bool) -> AsyncIterator[builtins.list[FileEvent]]:
+        """Changes in batches until closed. A first, empty batch may say that watching has begun."""
+        ...
+
+    # Templates
+
+    def bake(self, template: str) -> AsyncIterator[BakeProgress]:
+        """Build and bake a template if it is not ready; one bake runs, later callers follow it."""
+        ...

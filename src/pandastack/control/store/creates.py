@@ -1,0 +1,97 @@
+"""Creates with an idempotency key: at most one sandbox per (tenant, key), and the same answer for every repetition.
+
+The key and the sandbox row are written in one transaction, and so are the answer and the state `running`. Hence
+there is no instant at which a crash leaves a key that names nothing, or a sandbox whose key is free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import and_, delete, select, update
+from sqlalchemy.exc import IntegrityError
+
+from pandastack.control.store import tables
+from pandastack.control.store.database import Database
+from pandastack.control.store.sandboxes import Sandboxes, SandboxRow
+from pandastack.wire.ids import SandboxId, TenantId
+
+_table = tables.creates
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreateRow:
+    """`response_status` and `response_body` are null while the create is in progress."""
+
+    tenant_id: TenantId
+    key: str
+    request_hash: bytes
+    sandbox_id: SandboxId
+    created_us: int
+    response_status: int | None = None
+    response_body: bytes | None = None
+
+
+class Creates:
+    def __init__(self, database: Database, sandboxes: Sandboxes) -> None:
+        self._database = database
+        self._sandboxes = sandboxes
+
+    async def find(self, tenant: TenantId, key: str, *, newer_than_us: int) -> CreateRow | None:
+        query = select(_table).where(_table.c.tenant_id == tenant, _table.c.key == key)
+        async with self._database.read() as connection:
+            found = (await connection.execute(query)).first()
+        if found is None:
+            return None
+        row = CreateRow(**found._mapping)
+        return None if row.response_status is not None and row.created_us < newer_than_us else row
+
+    async def begin(self, tenant: TenantId, row: SandboxRow, *, key: str | None, request_hash: bytes, expire_before_us: int) -> bool:
+        """Write the intent, durable before any side effect. False where the key is taken (look it up again)."""
+        try:
+            async with self._database.write() as connection:
+                if key is not None:
+                    old = and_(
+                        _table.c.tenant_id == tenant,
+                        _table.c.key == key,
+                        _table.c.response_status.is_not(None),
+                        _table.c.created_us < expire_before_us,
+                    )
+                    await connection.execute(delete(_table).where(old))
+                    values = {
+                        "tenant_id": tenant,
+                        "key": key,
+                        "request_hash": request_hash,
+                        "sandbox_id": row.id,
+                        "created_us": row.created_us,
+                    }
+                    await connection.execute(_table.insert().values(**values))
+                await self._sandboxes.insert_with(connection, tenant, row)
+        except IntegrityError:
+            if key is None:
+                raise
+            return False
+        return True
+
+    async def complete(
+        self, tenant: TenantId, sandbox_id: SandboxId, facts: dict[str, Any], *, response_status: int, response_body: bytes
+    ) -> bool:
+        """The sandbox is running, and this is what every repetition is told. False where it was deleted meanwhile."""
+        self._sandboxes.forget(sandbox_id)
+        try:
+            async with self._database.write() as connection:
+                if not await self._sandboxes.mark_running_with(connection, tenant, sandbox_id, **facts):
+                    return False
+                own = and_(_table.c.tenant_id == tenant, _table.c.sandbox_id == sandbox_id)
+                answer = {"response_status": response_status, "response_body": response_body}
+                await connection.execute(update(_table).where(own).values(**answer))
+                return True
+        finally:
+            self._sandboxes.forget(sandbox_id)
+
+    async def prune_of_any_tenant(self, *, older_than_us: int) -> int:
+        """Forget completed answers that nobody may ask for any more."""
+        old = and_(_table.c.created_us < older_than_us, _table.c.response_status.is_not(None))
+        async with self._database.write() as connection:
+            return (await connection.execute(delete(_table).where(old))).rowcount

@@ -1,0 +1,102 @@
+"""The tables, in SQL that SQLite and Postgres both speak. Changing one needs a migration beside it.
+
+Times are whole microseconds since 1970 (`*_us`): they order a list without ties and have no time zone.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(referred_table_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", String(128), nullable=False, unique=True),
+    Column("created_us", BigInteger, nullable=False),
+)
+
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("prefix", String(12), primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False, index=True),
+    Column("hash", LargeBinary(32), nullable=False),
+    Column("label", String(128), nullable=False),
+    Column("scopes", String(64), nullable=False),
+    Column("created_us", BigInteger, nullable=False),
+    Column("expires_us", BigInteger),
+    Column("last_used_us", BigInteger),
+)
+
+sandboxes = Table(
+    "sandboxes",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("host_id", String(64), nullable=False),
+    Column("status", String(16), nullable=False, index=True),
+    Column("status_reason", String(256)),
+    Column("template", String(64), nullable=False),
+    Column("template_actual", String(64)),
+    Column("template_note", Text),
+    Column("cpu", Float, nullable=False),
+    Column("memory_mb", Integer, nullable=False),
+    Column("disk_mb", Integer, nullable=False),
+    Column("metadata", JSON, nullable=False),
+    Column("persistent", Boolean, nullable=False),
+    Column("ttl_seconds", Integer, nullable=False),
+    Column("created_us", BigInteger, nullable=False),
+    Column("failed_us", BigInteger),
+    Column("boot_ms", Integer),
+    Column("boot_mode", String(32)),
+    Column("runtime", String(32)),
+    Column("isolation", String(128)),
+    Index("ix_sandboxes_tenant_newest", "tenant_id", "created_us", "id"),
+)
+
+# The metadata a second time, one row per pair, so that a filtered list is an index search on both databases.
+labels = Table(
+    "sandbox_labels",
+    metadata,
+    Column("sandbox_id", ForeignKey("sandboxes.id", ondelete="CASCADE"), primary_key=True),
+    Column("key", String(128), primary_key=True),
+    Column("value", String(1024), nullable=False),
+)
+
+creates = Table(
+    "idempotent_creates",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("request_hash", LargeBinary(32), nullable=False),
+    Column("sandbox_id", String(36), nullable=False),
+    # Null while the create is in progress; a start that finds such a row undoes the create and frees the key.
+    Column("response_status", Integer),
+    Column("response_body", LargeBinary),
+    Column("created_us", BigInteger, nullable=False, index=True),
+    UniqueConstraint("sandbox_id"),
+)
