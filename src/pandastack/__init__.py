@@ -1,0 +1,187 @@
+"""Run code that an AI wrote, in isolated sandboxes: `from pandastack import Sandbox`.
+
+Names are loaded when they are first used, so that `import pandastack` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pandastack.errors import (
+        APIConnectionError,
+        AuthError,
+        BadRequestError,
+        CapacityError,
+        CommandFailed,
+        Conflict,
+        ConnectionError,
+        CreateCancelled,
+        DiskFull,
+        ExecInterrupted,
+        ExploreError,
+        FileConflict,
+        FileNotFound,
+        GuestError,
+        GuestGone,
+        GuestProtocolError,
+        GuestTimeout,
+        HostUnfit,
+        IdempotencyConflict,
+        InvalidRequest,
+        NotFoundError,
+        PandastackError,
+        PermissionDenied,
+        ProcessNotFound,
+        QuotaExceeded,
+        RateLimited,
+        RuntimeFailed,
+        SandboxNotFound,
+        SandboxNotRunning,
+        SandboxTimeout,
+        ServerError,
+        TemplateBuildError,
+        TemplateError,
+        TemplateNotFound,
+        TemplateNotReady,
+        TokenNotFound,
+        TooLarge,
+    )
+    from pandastack.sdk.async_sandboxes import AsyncSandbox
+    from pandastack.sdk.client import (
+        AsyncClient,
+        Client,
+        get_default_async_client,
+        get_default_client,
+        set_default_async_client,
+        set_default_client,
+    )
+    from pandastack.sdk.files import AsyncFilesystem, AsyncFileWatch, Filesystem, FileWatch
+    from pandastack.sdk.processes import AsyncProcess, Process
+    from pandastack.sdk.results import (
+        BakeProgress,
+        ExecResult,
+        FileEvent,
+        FileInfo,
+        FileWritten,
+        Lifecycle,
+        Me,
+        OutputEvent,
+        OutputSlice,
+        SandboxMetrics,
+        Template,
+        Token,
+    )
+    from pandastack.sdk.retry import CreateRetryEvent
+    from pandastack.sdk.sandboxes import Sandbox
+    from pandastack.sdk.streams import AsyncOutputStream, OutputStream
+
+    __version__: str
+
+_HOMES = {
+    "errors": (
+        "APIConnectionError AuthError BadRequestError CapacityError CommandFailed Conflict ConnectionError CreateCancelled DiskFull "
+        "ExecInterrupted ExploreError FileConflict FileNotFound GuestError GuestGone GuestProtocolError GuestTimeout HostUnfit "
+        "IdempotencyConflict InvalidRequest NotFoundError PandastackError PermissionDenied ProcessNotFound QuotaExceeded RateLimited "
+        "RuntimeFailed SandboxNotFound SandboxNotRunning SandboxTimeout ServerError TemplateBuildError TemplateError TemplateNotFound "
+        "TemplateNotReady TokenNotFound TooLarge"
+    ),
+    "sdk.client": ("AsyncClient Client get_default_async_client get_default_client set_default_async_client set_default_client"),
+    "sdk.files": "AsyncFileWatch AsyncFilesystem FileWatch Filesystem",
+    "sdk.processes": "AsyncProcess Process",
+    "sdk.results": (
+        "BakeProgress ExecResult FileEvent FileInfo FileWritten Lifecycle Me OutputEvent OutputSlice SandboxMetrics Template Token"
+    ),
+    "sdk.retry": "CreateRetryEvent",
+    "sdk.async_sandboxes": "AsyncSandbox",
+    "sdk.sandboxes": "Sandbox",
+    "sdk.streams": "AsyncOutputStream OutputStream",
+}
+_HOME_OF = {name: f"pandastack.{module}" for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "APIConnectionError",
+    "AsyncClient",
+    "AsyncFileWatch",
+    "AsyncFilesystem",
+    "AsyncOutputStream",
+    "AsyncProcess",
+    "AsyncSandbox",
+    "AuthError",
+    "BadRequestError",
+    "BakeProgress",
+    "CapacityError",
+    "Client",
+    "CommandFailed",
+    "Conflict",
+    "ConnectionError",
+    "CreateCancelled",
+    "CreateRetryEvent",
+    "DiskFull",
+    "ExecInterrupted",
+    "ExecResult",
+    "ExploreError",
+    "FileConflict",
+    "FileEvent",
+    "FileInfo",
+    "FileNotFound",
+    "FileWatch",
+    "FileWritten",
+    "Filesystem",
+    "GuestError",
+    "GuestGone",
+    "GuestProtocolError",
+    "GuestTimeout",
+    "HostUnfit",
+    "IdempotencyConflict",
+    "InvalidRequest",
+    "Lifecycle",
+    "Me",
+    "NotFoundError",
+    "OutputEvent",
+    "OutputSlice",
+    "OutputStream",
+    "PandastackError",
+    "PermissionDenied",
+    "Process",
+    "ProcessNotFound",
+    "QuotaExceeded",
+    "RateLimited",
+    "RuntimeFailed",
+    "Sandbox",
+    "SandboxMetrics",
+    "SandboxNotFound",
+    "SandboxNotRunning",
+    "SandboxTimeout",
+    "ServerError",
+    "Template",
+    "TemplateBuildError",
+    "TemplateError",
+    "TemplateNotFound",
+    "TemplateNotReady",
+    "Token",
+    "TokenNotFound",
+    "TooLarge",
+    "__version__",
+    "get_default_async_client",
+    "get_default_client",
+    "set_default_async_client",
+    "set_default_client",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        # By name, as below: this package must not import its own rooms, which all import it.
+        value: Any = importlib.import_module("pandastack.sdk.config").version()
+    elif name in _HOME_OF:
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    else:
+        raise AttributeError(f"module 'pandastack' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""The `pandastack` command: runs in a terminal; a user of the SDK, nothing more."""

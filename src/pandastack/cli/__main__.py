@@ -1,0 +1,5 @@
+"""`python -m pandastack.cli`"""
+
+from pandastack.cli.main import app
+
+app(prog_name="pandastack")

@@ -1,0 +1,136 @@
+"""`pandastack sandbox ...`"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pandastack.cli import commands, console
+
+if TYPE_CHECKING:
+    from pandastack.sdk.sandboxes import Sandbox
+
+app = console.group("Create, list, use and delete sandboxes.")
+app.command("exec")(commands.execute)
+
+Metadata = Annotated[list[str] | None, typer.Option("--metadata", "-m", metavar="KEY=VALUE", help="May be repeated.")]
+
+
+@app.command()
+def create(
+    template: Annotated[str, typer.Option("--template", "-t")] = "code-interpreter",
+    ttl: Annotated[int | None, typer.Option(min=0, help="Delete it after so many idle seconds; 0: never.")] = None,
+    persistent: Annotated[bool, typer.Option("--persistent", help="Never delete it for being idle.")] = False,
+    metadata: Metadata = None,
+    env: commands.Env = None,
+    cpu: Annotated[float | None, typer.Option(help="Cores.")] = None,
+    memory_mb: Annotated[int | None, typer.Option(help="MiB.")] = None,
+    disk_mb: Annotated[int | None, typer.Option(help="MiB.")] = None,
+    as_json: console.Json = False,
+) -> None:
+    """Start a sandbox; prints its id."""
+    with console.client() as client:
+        sandbox = client.sandboxes.create(
+            template, cpu, memory_mb, ttl, persistent, console.pairs(metadata, "--metadata"),
+            disk_mb=disk_mb, env=console.pairs(env, "--env"),
+        )  # fmt: skip
+    if sandbox.template_note and not as_json:
+        console.say(sandbox.template_note)
+    console.show(sandbox.to_dict(), as_json, lambda: print(sandbox.id))
+
+
+@app.command("list")
+def list_sandboxes(
+    status: Annotated[str | None, typer.Option(help="Only those that are creating, running, failed or deleting.")] = None,
+    metadata: Metadata = None,
+    limit: Annotated[int | None, typer.Option(min=1)] = None,
+    as_json: console.Json = False,
+) -> None:
+    """The newest first."""
+    with console.client() as client:
+        found = client.sandboxes.list(status=status, metadata=console.pairs(metadata, "--metadata") or None, limit=limit)
+    columns = ("ID", "TEMPLATE", "STATUS", "CPU", "MEMORY", "RUNTIME", "CREATED", "METADATA")
+    console.show([sandbox.to_dict() for sandbox in found], as_json, lambda: console.table(columns, map(_row, found)))
+
+
+def _row(sandbox: Sandbox) -> tuple[object, ...]:
+    metadata = ",".join(f"{key}={value}" for key, value in sandbox.metadata.items())
+    return (
+        sandbox.id, sandbox.template, sandbox.status, sandbox.cpu, f"{sandbox.memory_mb} MiB", sandbox.runtime, sandbox.created_at, metadata
+    )  # fmt: skip
+
+
+@app.command()
+def get(sandbox_id: console.SandboxId, as_json: console.Json = False) -> None:
+    """Everything about one sandbox."""
+    with console.client() as client:
+        sandbox = client.sandboxes.get(sandbox_id)
+    console.show(sandbox.to_dict(), as_json, lambda: console.facts(sandbox.to_dict()))
+
+
+@app.command("rm")
+def remove(
+    sandbox_ids: Annotated[list[str], typer.Argument(metavar="SANDBOX...")],
+    as_json: console.Json = False,
+) -> None:
+    """Delete sandboxes."""
+    from pandastack import errors
+
+    results: list[dict[str, Any]] = []
+    with console.client() as client:
+        for sandbox_id in sandbox_ids:
+            try:
+                client.sandboxes.delete(sandbox_id)
+                results.append({"id": sandbox_id, "deleted": True})
+            except errors.NotFoundError as error:
+                # The others are still to be deleted.
+                console.say_error(f"{sandbox_id}: {error.message}", error.hint)
+                results.append({"id": sandbox_id, "deleted": False})
+    console.show(
+        results,
+        as_json,
+        lambda: print(*(item["id"] for item in results if item["deleted"]), sep="\n", end="\n" * any(item["deleted"] for item in results)),
+    )
+    if not all(item["deleted"] for item in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def lifecycle(sandbox_id: console.SandboxId, as_json: console.Json = False) -> None:
+    """How long it has been idle and when it will be deleted for that."""
+    with console.sandbox(sandbox_id) as sandbox:
+        found = sandbox.lifecycle()
+    console.show(found, as_json, lambda: console.facts(dict(found)))
+
+
+@app.command("set-ttl")
+def set_ttl(
+    sandbox_id: console.SandboxId,
+    seconds: Annotated[int, typer.Argument(min=0, help="Idle seconds; 0: never.")],
+    as_json: console.Json = False,
+) -> None:
+    """Change after how many idle seconds it is deleted."""
+    with console.sandbox(sandbox_id) as sandbox:
+        found = sandbox.set_ttl(seconds)
+    console.show(found, as_json, lambda: console.facts(dict(found)))
+
+
+@app.command("set-persistent")
+def set_persistent(
+    sandbox_id: console.SandboxId,
+    persistent: Annotated[bool, typer.Option("--on/--off")] = True,
+    as_json: console.Json = False,
+) -> None:
+    """Protect it from being deleted for being idle, or end that."""
+    with console.sandbox(sandbox_id) as sandbox:
+        found = sandbox.set_persistent(persistent)
+    console.show(found, as_json, lambda: console.facts(dict(found)))
+
+
+@app.command()
+def metrics(sandbox_id: console.SandboxId, as_json: console.Json = False) -> None:
+    """What it costs its host."""
+    with console.sandbox(sandbox_id) as sandbox:
+        found = console.plain(sandbox.metrics())
+    console.show(found, as_json, lambda: console.facts(found))

@@ -1,0 +1,99 @@
+"""Calls about sandboxes: what is sent, how answers are read."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from pandastack import errors
+from pandastack.sdk.calls.call import Answer, Call, build, items_of, nothing, parse, reads, segment, validated
+from pandastack.sdk.results import Lifecycle
+from pandastack.wire import sandboxes as wire
+from pandastack.wire.sandboxes import SandboxMetrics, SandboxView
+
+PAGE = 100
+
+
+def root(sandbox_id: str) -> str:
+    return f"/sandboxes/{segment(sandbox_id)}"
+
+
+def create(
+    *,
+    template: str | None,
+    ttl_seconds: int | None,
+    persistent: bool,
+    metadata: Mapping[str, str] | None,
+    env: Mapping[str, str] | None,
+    cpu: float | None,
+    memory_mb: int | None,
+    disk_mb: int | None,
+    from_snapshot: str | None,
+    volumes: Sequence[Mapping[str, Any]] | None,
+    idempotency_key: str | None,
+) -> Call[SandboxView]:
+    """A create always carries a key, so that a lost answer can be asked for again without a second sandbox."""
+    body = validated(
+        wire.SandboxCreate,
+        template=template,
+        ttl_seconds=ttl_seconds,
+        persistent=True if persistent else None,
+        metadata=dict(metadata) if metadata else None,
+        env=dict(env) if env else None,
+        cpu=cpu,
+        memory_mb=memory_mb,
+        disk_mb=disk_mb,
+        from_snapshot=from_snapshot,
+        volumes=[dict(volume) for volume in volumes] if volumes else None,
+    )
+    key = idempotency_key if idempotency_key is not None else uuid.uuid4().hex
+    if not 1 <= len(key) <= 255 or not all("!" <= character <= "~" for character in key):
+        raise errors.InvalidRequest("idempotency_key must be 1 to 255 visible ASCII characters", field="idempotency_key")
+    return Call(build("POST", "/sandboxes", body=body, headers={"idempotency-key": key}, is_create=True), reads(SandboxView))
+
+
+def page(
+    status: str | None, metadata: Mapping[str, str] | None, limit: int | None, cursor: str | None
+) -> Call[tuple[list[SandboxView], str | None]]:
+    """A page and the cursor of the next one (None: that was the last). Without `limit` everything comes at once."""
+    if limit is not None and limit < 1:
+        raise errors.InvalidRequest("limit must be 1 or more", field="limit")
+    request = build("GET", "/sandboxes", {"status": status, "limit": limit, "cursor": cursor})
+    pairs = [f"{key}={value}" for key, value in (metadata or {}).items()]
+    if pairs:
+        # Repeated, so it does not fit a mapping.
+        more = "&".join(build("GET", "", {"metadata": pair}).path[1:] for pair in pairs)
+        request = build("GET", f"{request.path}{'&' if '?' in request.path else '?'}{more}")
+    return Call(request, _read_page)
+
+
+def _read_page(answer: Answer) -> tuple[list[SandboxView], str | None]:
+    data = answer.json()
+    cursor = data.get("next_cursor") if isinstance(data, dict) else None
+    return [parse(SandboxView, item) for item in items_of(answer)], cursor if isinstance(cursor, str) and cursor else None
+
+
+def get(sandbox_id: str) -> Call[SandboxView]:
+    return Call(build("GET", root(sandbox_id)), reads(SandboxView))
+
+
+def delete(sandbox_id: str) -> Call[None]:
+    return Call(build("DELETE", root(sandbox_id)), nothing)
+
+
+def lifecycle(sandbox_id: str) -> Call[Lifecycle]:
+    return Call(build("GET", f"{root(sandbox_id)}/lifecycle"), _read_lifecycle)
+
+
+def set_lifecycle(sandbox_id: str, ttl_seconds: int | None = None, persistent: bool | None = None) -> Call[Lifecycle]:
+    body = validated(wire.LifecyclePatch, ttl_seconds=ttl_seconds, persistent=persistent)
+    return Call(build("PATCH", f"{root(sandbox_id)}/lifecycle", body=body, safe_to_repeat=True), _read_lifecycle)
+
+
+def _read_lifecycle(answer: Answer) -> Lifecycle:
+    return cast(Lifecycle, parse(wire.Lifecycle, answer.json()).model_dump())
+
+
+def metrics(sandbox_id: str) -> Call[SandboxMetrics]:
+    return Call(build("GET", f"{root(sandbox_id)}/metrics"), reads(SandboxMetrics))

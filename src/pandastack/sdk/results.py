@@ -1,0 +1,174 @@
+"""What calls give back. Everything here is frozen; texts come with the exact bytes wherever the two can differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NotRequired, TypedDict
+
+from pandastack import errors
+from pandastack.wire.files import FileType
+from pandastack.wire.processes import ExecResult as WireExecResult
+from pandastack.wire.sandboxes import SandboxMetrics
+from pandastack.wire.templates import BakeProgress
+from pandastack.wire.templates import TemplateView as Template
+
+__all__ = [
+    "BakeProgress",
+    "ExecResult",
+    "FileEvent",
+    "FileInfo",
+    "FileWritten",
+    "Lifecycle",
+    "Me",
+    "OutputEvent",
+    "OutputSlice",
+    "SandboxMetrics",
+    "Template",
+    "Token",
+]
+
+Channel = Literal["stdout", "stderr"]
+
+
+class Lifecycle(TypedDict):
+    """Seconds. `ttl_seconds` 0 means that the sandbox does not expire."""
+
+    ttl_seconds: int
+    persistent: bool
+    idle_seconds: int
+    idle_reason: NotRequired[str | None]
+
+
+class Me(TypedDict):
+    user_id: str
+    email: str | None
+    current_org: str | None
+    orgs: list[dict[str, Any]]
+    auth_method: str
+    role: NotRequired[str]
+
+
+class FileWritten(TypedDict):
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExecResult:
+    """What a finished command said.
+
+    `stdout` and `stderr` are text, with U+FFFD for what is not UTF-8; `*_bytes` are exact. A command that ended by
+    signal n has exit code 128 + n and the signal's name in `signal`. Where output was longer than the limit it is cut:
+    `truncated` is true, the text ends with a line that says so, `*_total` count everything the command wrote, and the
+    rest can be read with `sandbox.processes.get(result.process_id).read_output(...)`.
+    """
+
+    stdout: str
+    stderr: str
+    exit_code: int
+    duration_ms: int = 0
+    signal: str | None = None
+    truncated: bool = False
+    process_id: str | None = None
+    stdout_bytes: bytes = b""
+    stderr_bytes: bytes = b""
+    stdout_total: int = 0
+    stderr_total: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return self.exit_code == 0
+
+    def check(self, command: str = "") -> ExecResult:
+        """Itself, or CommandFailed (fields `exit_code`, `stdout`, `stderr`, `signal`, `result`)."""
+        if self.exit_code == 0:
+            return self
+        shown = command if len(command) <= 200 else command[:200] + "..."
+        lines = self.stderr.strip().splitlines()
+        raise errors.CommandFailed(
+            f"command exited with code {self.exit_code}" + (f": {shown}" if shown else ""),
+            hint=f"its last words: {lines[-1][:300]}" if lines else None,
+            exit_code=self.exit_code, stdout=self.stdout, stderr=self.stderr, signal=self.signal, result=self,
+        )  # fmt: skip
+
+    @classmethod
+    def from_wire(cls, wire: WireExecResult, stdout_bytes: bytes, stderr_bytes: bytes) -> ExecResult:
+        return cls(
+            stdout=wire.stdout, stderr=wire.stderr, exit_code=wire.exit_code, duration_ms=wire.duration_ms,
+            signal=wire.signal, truncated=wire.truncated, process_id=wire.process_id,
+            stdout_bytes=stdout_bytes, stderr_bytes=stderr_bytes,
+            stdout_total=wire.stdout_bytes or len(stdout_bytes), stderr_total=wire.stderr_bytes or len(stderr_bytes),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class OutputEvent:
+    """A piece of output. `offset` is the position of its first byte in that channel since the command began.
+
+    `text` never ends in half a character: such bytes wait for the next piece. `skipped` counts bytes just before this
+    piece that were gone before they could be read; 0 unless the reader was away or slow while much was written.
+    """
+
+    channel: Channel
+    data: bytes
+    offset: int
+    text: str
+    skipped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSlice:
+    """A bounded piece of what a process wrote; `offset` is later than asked where older bytes are gone."""
+
+    offset: int
+    data: bytes
+    end: int
+    running: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One name in a directory. `path` and `name` carry any Linux name: bytes outside UTF-8 as `os.fsdecode` shows them.
+
+    `mode` is octal text such as "0644", `mtime` whole seconds since 1970. `is_dir` is false for a link to a directory.
+    """
+
+    name: str
+    path: str
+    is_dir: bool
+    size: int = 0
+    mode: str = ""
+    mtime: int = 0
+    type: FileType = "file"
+    mtime_ns: int = 0
+    uid: int = 0
+    gid: int = 0
+    target: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileEvent:
+    """One change. `overflow` means that some changes were lost: look at the directory again."""
+
+    type: Literal["create", "modify", "delete", "move", "attrib", "overflow"]
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """An API key. `token`, the key itself, is there only in the answer to `create`. `name` is its label."""
+
+    prefix: str
+    name: str = ""
+    token: str | None = None
+    created_at: str | None = None
+    expires_at: str | None = None
+    last_used_at: str | None = None
+    scopes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"Token(prefix={self.prefix!r}, name={self.name!r})"
