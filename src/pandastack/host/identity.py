@@ -1,0 +1,60 @@
+"""Makes a restored guest a machine of its own: entropy, clock, hostname, machine id, environment and token.
+
+The gate every sandbox passes before it is handed out: a guest that does not confirm each step is destroyed.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from dataclasses import dataclass
+
+from pandastack.errors import GuestError
+from pandastack.host.guest import Guest
+
+IDENTITY_TIMEOUT_S = 10.0
+# What a sandbox cannot be without. A runtime may supply entropy and clock itself; the guest then says so and is ok.
+REQUIRED_STEPS = frozenset({"entropy", "clock", "hostname", "machine_id", "env", "token"})
+MAX_CLOCK_OFFSET_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What is given to the guest; `token` opens its loopback listener and is never the tenant's key."""
+
+    sandbox_id: str
+    hostname: str
+    token: str
+    machine_id: str
+    entropy: bytes
+    env: dict[str, str]
+
+
+def fresh(sandbox_id: str, hostname: str, env: dict[str, str], *, token: str | None = None) -> Identity:
+    return Identity(
+        sandbox_id=sandbox_id,
+        hostname=hostname,
+        token=token or secrets.token_hex(32),
+        machine_id=secrets.token_hex(16),
+        entropy=os.urandom(64),
+        env=env,
+    )
+
+
+async def confirm(guest: Guest, identity: Identity) -> None:
+    """Give the guest its identity and check its report. Raises GuestError naming the step that failed."""
+    report = await guest.identity(
+        sandbox_id=identity.sandbox_id,
+        hostname=identity.hostname,
+        unix_ns=time.time_ns(),
+        entropy=identity.entropy,
+        token=identity.token,
+        env=identity.env,
+        machine_id=identity.machine_id,
+        timeout_s=IDENTITY_TIMEOUT_S,
+    )
+    failed = sorted(name for name in REQUIRED_STEPS if name not in report.steps or not report.steps[name].ok)
+    if failed:
+        step = report.steps.get(failed[0])
+        raise GuestError(f"the guest did not confirm its identity: {', '.join(failed)}", detail=step.detail if step is not None else None)

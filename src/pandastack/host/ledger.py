@@ -1,0 +1,79 @@
+"""What this host has promised, on disk before the first side effect, so that a restart can adopt or clear.
+
+One JSON file per sandbox under `<data>/ledger`. Entries are written with a rename but not synced: they must survive the
+death of this process, not of the machine, because no running sandbox survives that either. States:
+`creating` -> `running` -> (file removed); `failed` keeps the reason until the sandbox is deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Literal
+
+import structlog
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pandastack.wire.host import HostCreate
+from pandastack.wire.ids import SandboxId
+
+log = structlog.get_logger(__name__)
+
+
+class Entry(BaseModel):
+    """A sandbox as this host remembers it. `token` opens the guest's loopback listener after a restart."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    request: HostCreate
+    state: Literal["creating", "running", "failed"]
+    machine: str = ""
+    runtime: str = ""
+    template_actual: str = ""
+    template_note: str | None = None
+    rootfs: str = ""
+    cpu: float = 0
+    memory_mb: int = 0
+    disk_mb: int = 0
+    token: str = ""
+    boot_mode: str = ""
+    boot_ms: int = 0
+    reason: str | None = None
+
+
+class Ledger:
+    """Blocking, but each call is one small file; the page cache answers."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def open(self) -> list[Entry]:
+        """Every entry of an earlier life. A file that does not parse is set aside and reported, never trusted."""
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        entries = []
+        for path in sorted(self._root.glob("*.json")):
+            try:
+                entries.append(Entry.model_validate_json(path.read_bytes()))
+            except (ValidationError, OSError) as error:
+                log.error("ledger entry is unreadable and was set aside", path=path.name, error=str(error)[:500])
+                with contextlib.suppress(OSError):
+                    path.rename(path.with_suffix(".unreadable"))
+        for path in self._root.glob("*.tmp"):
+            path.unlink(missing_ok=True)
+        return entries
+
+    def write(self, entry: Entry) -> None:
+        """Begin or change an entry; atomic."""
+        path = self._path(entry.request.id)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(entry.model_dump_json().encode())
+        temporary.replace(path)
+
+    def remove(self, sandbox_id: SandboxId) -> None:
+        self._path(sandbox_id).unlink(missing_ok=True)
+
+    def _path(self, sandbox_id: SandboxId) -> Path:
+        # The id was checked to be a UUID at the edge; a second look costs nothing and this is a path.
+        name = os.path.basename(sandbox_id)  # noqa: PTH119
+        return self._root / f"{name}.json"

@@ -1,0 +1,136 @@
+"""Makes machines and takes them apart again: disk, private directory and runtime, in that order and back.
+
+A `Ready` machine is one step from being a sandbox: its template's state is restored and its guest answers, but the guest is
+sealed, so it does nothing before it gets an identity. That is what the pool keeps, frozen, and what a create without
+a slot makes on the spot. Part of the conductor: with `sandboxes` and `bakery` the only ones that know storage, runtime and guest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from pandastack.errors import RuntimeFailed
+from pandastack.host.guest import Guest
+from pandastack.host.runtimes.base import Limits, Machine, MachineId, MachineSpec, Runtime
+from pandastack.host.storage.disks import Disks
+
+RESTORE_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class SlotKey:
+    """What must be equal for two ready machines to be interchangeable."""
+
+    rootfs: Path
+    limits: Limits
+    snapshot: Path
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A restored machine and the session with its sealed guest."""
+
+    machine: Machine
+    guest: Guest
+
+
+class Machines:
+    """`state` holds one private directory per machine; `guest` is the directory that sandboxes see as `/.pandastack`.
+
+    `shared` turns a directory that many sandboxes use into the read-only view that a runtime is given.
+    """
+
+    def __init__(self, runtime: Runtime, disks: Disks, *, state: Path, guest: Path, shared: Callable[[Path], Path]) -> None:
+        self.runtime = runtime
+        self._disks = disks
+        self._state = state
+        self._guest = guest
+        self._shared = shared
+
+    def _spec(self, machine: MachineId, rootfs: Path, limits: Limits, disk: Path) -> MachineSpec:
+        return MachineSpec(
+            id=machine,
+            rootfs=self._shared(rootfs),
+            guest=self._shared(self._guest),
+            disk=disk,
+            state=self._state / machine,
+            limits=limits,
+        )
+
+    async def adopt(self, machine: MachineId, rootfs: Path, limits: Limits) -> Machine | None:
+        """The machine of an earlier life of this daemon, if it still runs."""
+        return await self.runtime.adopt(self._spec(machine, rootfs, limits, self._disks.path(machine)))
+
+    async def prepare(self, rootfs: Path, limits: Limits) -> Machine:
+        """A machine that can be started or restored. All or nothing. Raises DiskFull, HostUnfit, RuntimeFailed."""
+        machine_id = MachineId("m" + secrets.token_hex(8))
+        state = self._state / machine_id
+        async with contextlib.AsyncExitStack() as undo:
+            await asyncio.to_thread(state.mkdir, 0o700, True)
+            undo.push_async_callback(asyncio.to_thread, shutil.rmtree, state, True)
+            undo.push_async_callback(self._disks.delete, machine_id)
+            disk = await self._disks.create(machine_id, limits.disk_mib)
+            machine = await self.runtime.prepare(self._spec(machine_id, rootfs, limits, disk))
+            undo.pop_all()
+            return machine
+
+    async def restored(self, key: SlotKey) -> Ready:
+        """A ready machine. All or nothing. Raises also GuestError where the guest does not answer."""
+        machine = await self.prepare(key.rootfs, key.limits)
+        try:
+            async with asyncio.timeout(RESTORE_TIMEOUT_S):
+                await machine.restore(key.snapshot)
+                guest = await Guest.open(await machine.connect(), timeout_s=CONNECT_TIMEOUT_S)
+                return Ready(machine, guest)
+        except BaseException as error:
+            await self.discard(machine)
+            if isinstance(error, TimeoutError):
+                raise RuntimeFailed("the sandbox did not start in time") from error
+            raise
+
+    async def slot(self, key: SlotKey) -> Ready:
+        """A ready machine that uses no CPU until it is taken."""
+        ready = await self.restored(key)
+        try:
+            await ready.machine.freeze()
+        except BaseException:
+            await self.discard_ready(ready)
+            raise
+        return ready
+
+    async def discard_ready(self, ready: Ready) -> None:
+        """Like `discard`, with the session."""
+        await ready.guest.close()
+        await self.discard(ready.machine)
+
+    async def discard(self, machine: Machine) -> None:
+        """Stop a machine and remove all of it. Idempotent; finishes even if its caller is cancelled."""
+        await asyncio.shield(asyncio.ensure_future(self._discard(machine)))
+
+    async def _discard(self, machine: Machine) -> None:
+        try:
+            await machine.stop()
+        finally:
+            await self._disks.delete(machine.spec.id)
+            await asyncio.to_thread(shutil.rmtree, machine.spec.state, True)
+
+    async def sweep(self, keep: Collection[MachineId]) -> int:
+        """Remove what machines other than `keep` left behind in this install; returns how many."""
+        gone: set[str] = set(await self.runtime.sweep(keep))
+        gone.update(await self._disks.sweep(keep))
+        gone.update(await asyncio.to_thread(self._sweep_state, frozenset(keep)))
+        return len(gone)
+
+    def _sweep_state(self, keep: frozenset[str]) -> list[str]:
+        self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        gone = [path for path in self._state.iterdir() if path.name not in keep]
+        for path in gone:
+            shutil.rmtree(path, ignore_errors=True)
+        return [path.name for path in gone]

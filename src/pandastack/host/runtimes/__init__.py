@@ -1,0 +1,1 @@
+"""Runtime drivers: each knows only its contract (`base`), never another driver."""

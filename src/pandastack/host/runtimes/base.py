@@ -1,0 +1,158 @@
+"""The contract that every runtime keeps, and the plain values that cross it. `tests/contracts/test_runtime.py` checks it.
+
+A machine goes `prepared` -> `running` -> gone. `prepare` does what is slow and the same for all sandboxes (processes,
+namespaces, cgroup) and may be done ahead of time; `start` or `restore` makes the machine run. A runtime never
+looks at the database, never opens a network port, and is handed every path it may touch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NewType, Protocol
+
+MachineId = NewType("MachineId", str)
+
+EndReason = Literal["exited", "oom", "stopped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """Constant for the life of the process; reported upward with the host."""
+
+    snapshot: bool
+    fork_memory: bool
+    own_kernel: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Enforced from outside the sandbox. MiB, cores; `processes` bounds tasks of the guest."""
+
+    cpu: float
+    memory_mib: int
+    disk_mib: int
+    processes: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSpec:
+    """All a driver needs to know of one machine.
+
+    `rootfs` is shared and never written to. `disk` is a directory of this machine whose file system has the
+    size of its disk limit; everything that the guest writes ends there. `state` is a private directory for
+    the driver's own files. `guest` is a directory that holds the guest binary, mounted read-only at `/.pandastack`.
+    """
+
+    id: MachineId
+    rootfs: Path
+    guest: Path
+    disk: Path
+    state: Path
+    limits: Limits
+    env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channel:
+    """A byte stream to the guest daemon, as owned file descriptors (equal for a socket). Whoever takes it closes it.
+
+    `fresh` is false where bytes of an older session may still be under way, so that the session must resynchronise.
+    """
+
+    read_fd: int
+    write_fd: int
+    fresh: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a machine costs its host now. `cpu_s` and `uptime_s` only grow."""
+
+    pid: int
+    cpu_s: float
+    memory_bytes: int
+    resident_bytes: int
+    virtual_bytes: int
+    threads: int
+    uptime_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Whether a runtime works on this machine, found out by using it. `key` changes when old states do not restore any more."""
+
+    works: bool
+    version: str | None = None
+    key: str = ""
+    reason: str | None = None
+    hint: str | None = None
+
+
+class Keeper(Protocol):
+    """Keeps file descriptors open under a name while this process is away; see `host.keeper`. Calls block briefly."""
+
+    def put(self, name: str, fds: list[int]) -> None: ...
+
+    def get(self, name: str) -> list[int]: ...
+
+    def drop(self, name: str) -> None: ...
+
+
+class Machine(Protocol):
+    """One machine. Calls after its end raise RuntimeFailed; `stop` is idempotent and the only way to give back what it holds."""
+
+    spec: MachineSpec
+
+    async def start(self) -> None:
+        """Boot the prepared machine with the guest daemon as its first process."""
+        ...
+
+    async def restore(self, snapshot: Path) -> None:
+        """Bring the prepared machine to the state saved in `snapshot` (a directory made by `snapshot` of the same runtime)."""
+        ...
+
+    async def connect(self) -> Channel:
+        """A channel to the guest daemon of a running machine, also after a restart of this process. One at a time."""
+        ...
+
+    async def snapshot(self, into: Path, *, resume: bool) -> None:
+        """Save memory, processes and disk of one instant into the empty directory `into`; then go on, or stay stopped."""
+        ...
+
+    async def freeze(self) -> None:
+        """Use no CPU until `thaw`. Milliseconds; idempotent."""
+        ...
+
+    async def thaw(self) -> None: ...
+
+    async def usage(self) -> Usage: ...
+
+    async def ended(self) -> EndReason:
+        """Wait until the machine is over, however long that takes, and say why. Cancel it freely."""
+        ...
+
+    async def stop(self) -> None:
+        """Kill it and remove every process, cgroup, socket and state file of it. The disk directory is the caller's."""
+        ...
+
+
+class Runtime(Protocol):
+    name: str
+    isolation: str
+    capabilities: Capabilities
+
+    async def probe(self) -> Probe: ...
+
+    async def prepare(self, spec: MachineSpec) -> Machine:
+        """Everything short of running. All or nothing: when it raises, nothing is left. Raises RuntimeFailed, HostUnfit."""
+        ...
+
+    async def adopt(self, spec: MachineSpec) -> Machine | None:
+        """The running machine of that spec after a restart of this daemon, or None when it is not running any more."""
+        ...
+
+    async def sweep(self, keep: Collection[MachineId]) -> list[MachineId]:
+        """Remove what is left of this runtime's machines other than `keep`, and say which those were."""
+        ...

@@ -1,0 +1,29 @@
+"""What an operator can set for a host. Read from the environment (`PANDASTACK_*`) by whoever starts the process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class HostSettings(BaseSettings):
+    """Sizes are MiB. `cache_dir` holds what can be made again: images, baked states, runsc."""
+
+    model_config = SettingsConfigDict(env_prefix="PANDASTACK_", extra="ignore")
+
+    data_dir: Path = Path("/var/lib/pandastack")
+    cache_dir: Path = Path("/var/cache/pandastack")
+    run_dir: Path = Path("/run/pandastack")
+    templates_dir: Path | None = Field(default=None, description="a folder of your own templates, beside the shipped ones")
+    runtime: Literal["auto", "gvisor"] = "auto"
+    runsc: Path | None = Field(default=None, description="the runsc to use instead of the one on PATH or Debian's")
+    debian_mirror: str | None = None
+    ubuntu_mirror: str | None = None
+    slots: int = Field(default=4, ge=0, le=256, description="prepared machines kept per template, for the two used last")
+    max_sandboxes: int = Field(default=1000, ge=1)
+    memory_overcommit: float = Field(default=2.0, ge=1.0, le=16.0)
+    disk_overcommit: float = Field(default=4.0, ge=1.0, le=64.0)
+    disk_low_water_mb: int = Field(default=1024, ge=0)

@@ -1,0 +1,201 @@
+"""`pandastack up`: control and host in one process on one machine. The only module that knows both rooms.
+
+It checks before it changes anything, opens the host, then the API, prints one line when it is ready, and leaves the
+sandboxes running when it stops: the next start finds them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import structlog
+import uvicorn
+
+from pandastack.control import access
+from pandastack.control import app as control_app
+from pandastack.control import server as control_server
+from pandastack.control.settings import ControlSettings
+from pandastack.errors import AuthError, Conflict, HostUnfit, PandastackError
+from pandastack.host import app as host_app
+from pandastack.host import doctor
+from pandastack.host.settings import HostSettings
+
+log = structlog.get_logger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 stopped as asked, 1 could not start (one sentence on stderr), 2 wrong usage."""
+    arguments = _parse(argv)
+    try:
+        settings = _settings(arguments)
+        return _run(settings, arguments)
+    except PandastackError as error:
+        sys.stderr.write(f"pandastack: {error.message}\n")
+        if error.hint:
+            sys.stderr.write(f"  {error.hint}\n")
+        return 1
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="pandastack up", description="Run control plane and host on this machine.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
+    parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--cache-dir", type=Path)
+    parser.add_argument("--slots", type=int)
+    parser.add_argument("--ready-file", type=Path, help="write {api_url, token, pid} there when ready")
+    return parser.parse_args(argv)
+
+
+def _settings(arguments: argparse.Namespace) -> HostSettings:
+    given = {name: value for name in ("data_dir", "cache_dir", "slots") if (value := getattr(arguments, name)) is not None}
+    return HostSettings(**given)
+
+
+def _run(settings: HostSettings, arguments: argparse.Namespace) -> int:
+    if os.geteuid() != 0:
+        raise HostUnfit("pandastack up must run as root: it makes namespaces, cgroups and mounts", hint="run it with sudo")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # A handful for each sandbox and each client.
+    with _only_one(settings.data_dir), contextlib.closing(_listen(arguments.host, arguments.port)) as listener:
+        # uvloop is a little faster than asyncio for the copying that exec and files are made of.
+        import uvloop
+
+        return uvloop.run(_serve(settings, arguments, listener))
+
+
+@contextlib.contextmanager
+def _only_one(data_dir: Path) -> Iterator[None]:
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (data_dir / "lock").open("a")
+    except OSError as error:
+        raise HostUnfit(f"the data directory {data_dir} cannot be used ({error.strerror})", hint="name another with --data-dir") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Conflict(f"another pandastack runs on {data_dir}", hint="stop it, or name another directory with --data-dir") from error
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise HostUnfit(
+            f"port {port} of {host} cannot be used ({error.strerror})", hint="name another with --port, or 0 for a free one"
+        ) from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """Tells when it accepts requests."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are handled by `_serve`, which also stops what is not HTTP."""
+        yield
+
+
+async def _serve(settings: HostSettings, arguments: argparse.Namespace, listener: socket.socket) -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    doctor.require(await doctor.preflight(settings))
+    async with host_app.opened(settings, say=_say) as host:
+        application = control_app.build(ControlSettings(database_path=settings.data_dir / "control.db"), host)
+        server = _Server(control_server.config(application))
+        serving = asyncio.create_task(server.serve(sockets=[listener]), name="http")
+        try:
+            await _first(server.ready.wait(), stop.wait(), serving)
+            if server.ready.is_set():
+                await _announce(settings, arguments, listener, application, host.runtime_name)
+                await _first(stop.wait(), serving)
+        finally:
+            server.should_exit = True
+            await serving
+        return 0 if stop.is_set() else 1
+
+
+async def _first(*awaitables: Any) -> None:
+    """Wait until one is done; the others are cancelled unless they are tasks, which their owner ends."""
+    tasks = [item if isinstance(item, asyncio.Task) else asyncio.ensure_future(item) for item in awaitables]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task, given in zip(tasks, awaitables, strict=True):
+            if not isinstance(given, asyncio.Task):
+                task.cancel()
+
+
+async def _announce(settings: HostSettings, arguments: argparse.Namespace, listener: socket.socket, application: Any, runtime: str) -> None:
+    host, port = listener.getsockname()[:2]
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host  # noqa: S104
+    url = f"http://{shown}:{port}"
+    token = await _local_key(settings.data_dir, application)
+    local = {"api_url": url, "token": token, "pid": os.getpid(), "data_dir": str(settings.data_dir)}
+    _write_private(_config_dir() / "local.json", local)
+    if arguments.ready_file:
+        _write_private(arguments.ready_file, local)
+    sys.stdout.write(f"pandastack is ready at {url} (runtime {runtime}, data in {settings.data_dir})\n")
+    sys.stdout.flush()
+
+
+async def _local_key(data_dir: Path, application: Any) -> str:
+    """The key of the local administrator: made once, kept where only root reads it, renewed when it was revoked."""
+    file = data_dir / "local-key"
+    parts = application.state.parts
+    with contextlib.suppress(FileNotFoundError, AuthError):
+        known = file.read_text().strip()
+        await parts.keys.authenticate(known)
+        return known
+    key = await access.bootstrap(parts.store, label="local administrator")
+    _write_private(file, key)
+    return key
+
+
+def _config_dir() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "pandastack"
+
+
+def _write_private(path: Path, content: Any) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    fd = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w") as stream:
+        stream.write(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"pandastack: {text}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[2:] if sys.argv[1:2] == ["up"] else None))
