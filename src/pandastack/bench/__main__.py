@@ -1,0 +1,67 @@
+"""`pandastack bench`: the command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from pandastack.bench import benchmarks, figures
+from pandastack.errors import PandastackError
+
+NAMES = ("create", "exec", "files", "burst", "idle")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 measured (also when a promise was missed), 1 could not measure, 2 wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="pandastack bench",
+        description="Measure this machine through the SDK over HTTP, against the bare tool in the same run.",
+    )
+    parser.add_argument("benchmark", nargs="*", choices=[*NAMES, []], help=f"which ones: {', '.join(NAMES)} (default: all)")
+    parser.add_argument("--template", default="base")
+    parser.add_argument("-n", "--samples", type=int, help="samples of each case (default: 20 creates, 100 execs, 3 large files)")
+    parser.add_argument("--slots", type=int, default=4, help="prepared machines for `create` (default: 4)")
+    parser.add_argument("--burst", type=int, default=30, help="creates at once (default: 30)")
+    parser.add_argument("--burst-slots", type=int, default=32, help="prepared machines for `burst` (default: 32)")
+    parser.add_argument("--size-mib", type=int, default=1024, help="size of the large file (default: 1024)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    arguments = parser.parse_args(argv)
+    console = Console()
+    progress = Console(stderr=True)
+    try:
+        if os.geteuid() != 0:
+            raise PandastackError("bench must run as root, because it drives runsc by hand to compare", hint="run it with sudo")
+        with progress.status("starting") as status:
+            rows = _measure(arguments, lambda text: status.update(text))
+    except PandastackError as error:
+        progress.print(f"[red]pandastack: {error}[/red]")
+        return 1
+    figures.show(rows, console)
+    if arguments.json:
+        figures.write(rows, arguments.json)
+    return 0
+
+
+def _measure(arguments: argparse.Namespace, say: benchmarks.Say) -> list[figures.Row]:
+    template, n = arguments.template, arguments.samples
+    wanted = arguments.benchmark or NAMES
+    rows: list[figures.Row] = []
+    if "create" in wanted:
+        rows += benchmarks.create(template, n or 20, arguments.slots, say)
+    if "exec" in wanted:
+        rows += benchmarks.exec_(template, n or 100, say)
+    if "files" in wanted:
+        rows += benchmarks.files(template, arguments.size_mib, n or 3, say)
+    if "burst" in wanted:
+        rows += benchmarks.burst(template, arguments.burst, arguments.burst_slots, say)
+    if "idle" in wanted:
+        rows += benchmarks.idle(template, n or 10, say)
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
