@@ -101,6 +101,8 @@ def show(sandbox: Sandbox) -> None:
 
 
 def main() -> int:
+    # Ended from outside, it must still take its server and sandbox with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="pandastack-demo-") as folder:
         with step("start a server") as note:
             running = contextlib.ExitStack()

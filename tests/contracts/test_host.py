@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import World
 
+from hosts import World
 from pandastack.control.fake_host import FakeHost
 from pandastack.control.hosts import Host, closing
 from pandastack.errors import Conflict, FileConflict, FileNotFound, ProcessNotFound, SandboxNotFound, TemplateNotFound
@@ -161,8 +161,10 @@ async def test_events_are_waited_for_and_not_for_ever(host: Host) -> None:
 async def test_work_inside_counts_as_busy(host: Host, box: SandboxId) -> None:
     await host.start_process(box, ProcessStart(cmd="sleep 100", id="s"))
     async with asyncio.timeout(5):  # The guest reports work a moment after it began.
-        while not (state := await host.get(box)).busy:
+        state = await host.get(box)
+        while not state.busy:
             await asyncio.sleep(0)
+            state = await host.get(box)
     assert (state.busy, state.idle_s) == (True, 0.0)
     await host.signal_process(box, ProcessId("s"), SignalRequest(signal="KILL"))
     await follow(host.attach(box, ProcessId("s")))

@@ -34,6 +34,7 @@ with (here / "calls").open("a") as calls:
     calls.write(" ".join(sys.argv[1:]) + "\\n")
 root = pathlib.Path(sys.argv[-2])
 (root / "etc/apt").mkdir(parents=True)
+(root / "tmp").mkdir()
 (root / "etc/apt/sources.list").write_text("deb http://secret-mirror.example x")
 (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/bash\\n")
 status = root / "var/lib/dpkg/status"

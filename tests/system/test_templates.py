@@ -1,6 +1,6 @@
 """The shipped templates, built for real and tried in a chroot. Needs root, mmdebstrap and the network.
 
-A build takes minutes; name a folder in PANDASTACK_TEST_CACHE to keep the images for the next run.
+A build takes minutes. The images are those of the cache directory that servers use (see `conftest`), so each is built once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pandastack.errors import TemplateBuildError
 from pandastack.host.storage import build, images
 from pandastack.host.storage.images import Image, Images
 
+from .servers import cache_dir
+
 TEMPLATES = Path(__file__).parents[2] / "templates"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -31,12 +33,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = os.environ.get("PANDASTACK_TEST_CACHE")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return Path(folder)
-    return tmp_path_factory.mktemp("images")
+def cache() -> Path:
+    return cache_dir() / "images"
 
 
 def ensure(cache: Path, name: str, *more: Path) -> Image:
@@ -83,7 +81,8 @@ def test_base_carries_nothing_of_this_machine(cache: Path) -> None:
     assert (etc / "machine-id").read_text() == (etc / "resolv.conf").read_text() == ""
     assert list(etc.glob("ssh/ssh_host_*")) == list(etc.glob("apt/apt.conf.d/99mmdebstrap")) == []
     assert "bookworm-security main" in (etc / "apt/sources.list").read_text()
-    assert list((image.rootfs / "var/lib/apt/lists").glob("*")) == list((image.rootfs / "tmp").glob("*")) == []
+    assert list((image.rootfs / "var/lib/apt/lists").glob("*")) == []
+    assert [path.name for path in (image.rootfs / "tmp").iterdir()] == [".keep"]
     assert list(image.rootfs.glob("usr/share/man/man*/*")) == []
     assert image.rootfs.parent.stat().st_mode & 0o777 == 0o700
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     console = Console()
     progress = Console(stderr=True)
+    # Ended from outside, it must still take its server and sandboxes with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if os.geteuid() != 0:
             raise PandastackError("bench must run as root, because it drives runsc by hand to compare", hint="run it with sudo")

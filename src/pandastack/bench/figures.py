@@ -85,7 +85,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 
 def write(rows: Sequence[Row], file: Path) -> None:
-    file.write_text(json.dumps([{key: value for key, value in asdict(row).items() if value is not None} for row in rows], indent=2) + "\n")
+    file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 
 
 def _text(number: float | None) -> str:

@@ -80,7 +80,12 @@ def running(*, slots: int, template: str) -> Iterator[Server]:
             with Client(api_url=local["api_url"], api_key=local["token"]) as client:
                 for _ in client.templates.bake(template):
                     pass
-                yield Server(process.pid, local["api_url"], local["token"], client)
+                try:
+                    yield Server(process.pid, local["api_url"], local["token"], client)
+                finally:
+                    # A server that stops leaves its sandboxes running; nobody would find these again.
+                    for sandbox in client.sandboxes.list():
+                        sandbox.kill()
         finally:
             process.send_signal(signal.SIGTERM)
             try:

@@ -48,7 +48,6 @@ def build(settings: ControlSettings, host: Host) -> FastAPI:
         async with AsyncExitStack() as stack:
             records = await stack.enter_async_context(store.opened(settings.database_path))
             app.state.parts = parts = await assemble(settings, host, records, meters, stack)
-            log.info("control.ready", version=version())
             yield
             await parts.keys.flush()
 

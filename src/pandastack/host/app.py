@@ -262,12 +262,12 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
     install = _install_id(settings.data_dir)
     keeper = Keeper(settings.run_dir / install / "keeper.sock")
     guest, guest_digest = await asyncio.to_thread(guest_directory, settings.cache_dir / "guest")
-    views = ReadOnly(settings.run_dir / install / "shared")
+    run_dir = settings.run_dir / install
+    views = ReadOnly(run_dir / "shared")
     try:
         runtime, probe = await choose_runtime(settings, install, views.view(guest), keeper, say)
     except BaseException:
-        keeper.close()
-        views.withdraw()
+        _leave(run_dir, views, keeper)
         raise
     disks = Disks(settings.data_dir / "disks", low_water_mib=settings.disk_low_water_mb)
     images = Images(
@@ -297,11 +297,26 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await sandboxes.close()
-        if not sandboxes.machine_ids():
-            views.withdraw()
-        with contextlib.suppress(OSError):  # Not empty as long as sandboxes run on.
-            (settings.run_dir / install / "gv").rmdir()
-        keeper.close()
+        if sandboxes.machine_ids():
+            keeper.close()
+        else:
+            _leave(run_dir, views, keeper)
+
+
+def _leave(run_dir: Path, views: ReadOnly, keeper: Keeper) -> None:
+    """Remove what a host without sandboxes needs no more. The keeper ends by itself, and removes its socket."""
+    views.withdraw()
+    keeper.close()
+    for directory in (run_dir / "gv", run_dir):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
+def _remove_empty(run: Path) -> None:
+    """Not empty as long as sandboxes run on, or until the keeper has ended, which then removes the rest."""
+    for folder in (run / "gv", run):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 async def choose_runtime(

@@ -33,6 +33,9 @@ log = structlog.get_logger(__name__)
 WARM_TIMEOUT_S = 120.0
 _STEP_TIMEOUT_S = 60.0
 _MANIFEST = "manifest.json"
+_STATES_KEPT = 4
+# What a sandbox needs beside the memory that its template's state brings with it.
+_ROOM_TO_WORK_MIB = 32
 
 Tell = Callable[[BakeProgress], None]
 
@@ -44,6 +47,7 @@ class Baked:
     image: Image
     snapshot: Path
     limits: Limits
+    memory_floor_mib: int
     warm: bool
 
 
@@ -123,7 +127,7 @@ class Bakery:
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(1.0):
                             await job.changed.wait()
-                fresh = job.said[max(0, seen[0] - 1) :]
+                fresh = [progress for progress in job.said[max(0, seen[0] - 1) :] if progress is not seen[1]]
                 seen = (len(job.said), job.said[-1] if job.said else None)
             for progress in fresh:
                 yield progress
@@ -207,7 +211,22 @@ class Bakery:
             log.warning("a baked state is damaged and will be made again", template=image.name, error=str(error))
             shutil.rmtree(folder, ignore_errors=True)
             return None
-        return Baked(image=image, snapshot=folder, limits=default_limits(image), warm=bool(manifest.get("warm")))
+        with contextlib.suppress(OSError):
+            os.utime(folder / _MANIFEST)  # When it was last of use; see _remove_stale.
+        saved_bytes = sum(manifest["files"].values())
+        return Baked(
+            image=image,
+            snapshot=folder,
+            limits=default_limits(image),
+            memory_floor_mib=_ROOM_TO_WORK_MIB + (saved_bytes >> 20),
+            warm=bool(manifest.get("warm")),
+        )
+
+    def _remove_stale(self, image: Image) -> None:
+        """Of all states ever baked for a template keep the few used last: each upgrade of anything makes a new one."""
+        states = sorted(self._root.glob(f"{image.name}-{12 * '?'}/{_MANIFEST}"), key=lambda file: file.stat().st_mtime, reverse=True)
+        for manifest in states[_STATES_KEPT:]:
+            shutil.rmtree(manifest.parent, ignore_errors=True)
 
     async def _bake(self, name: str, job: _Job) -> Baked:
         started = time.monotonic()
@@ -250,6 +269,7 @@ class Bakery:
         baked = self._read(image)
         if baked is None:
             raise TemplateError(f"the baked state of {name} vanished while it was published")
+        await asyncio.to_thread(self._remove_stale, image)
         say("ready", f"template {name} is ready")
         return baked
 

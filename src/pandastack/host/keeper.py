@@ -64,18 +64,26 @@ def _answer(client: socket.socket, held: dict[str, list[int]]) -> bool:
         return False
     if not data:
         return False
-    request = json.loads(data)
-    name, reply, copies = request.get("name", ""), {}, []
-    if request["op"] == "put":
+    try:
+        request = json.loads(data)
+        operation, name = request["op"], request.get("name", "")
+    except (ValueError, TypeError, KeyError):
+        # Whoever that is, it must not cost the sandboxes of everybody else.
+        for fd in fds:
+            os.close(fd)
+        return False
+    reply: dict[str, list[str]] = {}
+    copies: list[int] = []
+    if operation == "put":
         for fd in held.pop(name, []):
             os.close(fd)
         held[name] = list(fds)
-    elif request["op"] == "get":
+    elif operation == "get":
         copies = held.get(name, [])
-    elif request["op"] == "drop":
+    elif operation == "drop":
         for fd in held.pop(name, []):
             os.close(fd)
-    elif request["op"] == "names":
+    elif operation == "names":
         reply = {"names": sorted(held)}
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", copies))] if copies else []
     try:

@@ -15,6 +15,7 @@ from typing import Literal
 import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pandastack.errors import DiskFull
 from pandastack.wire.host import HostCreate
 from pandastack.wire.ids import SandboxId
 
@@ -64,11 +65,16 @@ class Ledger:
         return entries
 
     def write(self, entry: Entry) -> None:
-        """Begin or change an entry; atomic."""
+        """Begin or change an entry; atomic. Raises DiskFull where the folder takes nothing more."""
         path = self._path(entry.request.id)
         temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(entry.model_dump_json().encode())
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(entry.model_dump_json().encode())
+            temporary.replace(path)
+        except OSError as error:
+            raise DiskFull(
+                "this host cannot write to its data directory", hint="free space on its file system", detail=str(error)
+            ) from error
 
     def remove(self, sandbox_id: SandboxId) -> None:
         self._path(sandbox_id).unlink(missing_ok=True)

@@ -9,19 +9,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import secrets
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pandastack.errors import RuntimeFailed
+from pandastack.errors import DiskFull, PandastackError, RuntimeFailed
 from pandastack.host.guest import Guest
 from pandastack.host.runtimes.base import Limits, Machine, MachineId, MachineSpec, Runtime
 from pandastack.host.storage.disks import Disks
 
 RESTORE_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 10.0
+
+
+@contextlib.contextmanager
+def _typed(message: str) -> Iterator[None]:
+    """What the kernel refuses becomes an error that callers know."""
+    try:
+        yield
+    except (PandastackError, TimeoutError):
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("the host's disk is full", hint="free space on the file system of the data directory") from error
+        raise RuntimeFailed(message, detail=str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,9 @@ class Machines:
         self._shared = shared
 
     def _spec(self, machine: MachineId, rootfs: Path, limits: Limits, disk: Path) -> MachineSpec:
+        # The runtime makes mount points that an image lacks, but not in a read-only view; this one no distribution has.
+        with contextlib.suppress(OSError):
+            (rootfs / ".pandastack").mkdir(mode=0o755, exist_ok=True)
         return MachineSpec(
             id=machine,
             rootfs=self._shared(rootfs),
@@ -73,11 +90,14 @@ class Machines:
         machine_id = MachineId("m" + secrets.token_hex(8))
         state = self._state / machine_id
         async with contextlib.AsyncExitStack() as undo:
-            await asyncio.to_thread(state.mkdir, 0o700, True)
+            with _typed("a sandbox could not be prepared"):
+                # Not in a thread: one that a cancelled create left behind would make it after the undo.
+                state.mkdir(0o700, parents=True)
             undo.push_async_callback(asyncio.to_thread, shutil.rmtree, state, True)
             undo.push_async_callback(self._disks.delete, machine_id)
-            disk = await self._disks.create(machine_id, limits.disk_mib)
-            machine = await self.runtime.prepare(self._spec(machine_id, rootfs, limits, disk))
+            with _typed("a sandbox could not be prepared"):
+                disk = await self._disks.create(machine_id, limits.disk_mib)
+                machine = await self.runtime.prepare(self._spec(machine_id, rootfs, limits, disk))
             undo.pop_all()
             return machine
 
@@ -86,7 +106,8 @@ class Machines:
         machine = await self.prepare(key.rootfs, key.limits)
         try:
             async with asyncio.timeout(RESTORE_TIMEOUT_S):
-                await machine.restore(key.snapshot)
+                with _typed("a sandbox could not be restored"):
+                    await machine.restore(key.snapshot)
                 guest = await Guest.open(await machine.connect(), timeout_s=CONNECT_TIMEOUT_S)
                 return Ready(machine, guest)
         except BaseException as error:

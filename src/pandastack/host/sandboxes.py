@@ -24,6 +24,8 @@ from pandastack.errors import (
     GuestError,
     GuestGone,
     GuestProtocolError,
+    GuestTimeout,
+    InvalidRequest,
     PandastackError,
     RuntimeFailed,
     SandboxNotFound,
@@ -44,6 +46,8 @@ log = structlog.get_logger(__name__)
 
 TEMPLATE_PATIENCE_S = 20.0
 FREEZE_AFTER_S = 2.0
+HEALTH_TIMEOUT_S = 15.0
+SILENCES_FORGIVEN = 1  # A machine may be so busy that a daemon is late once.
 _EVENTS_KEPT = 10_000
 
 
@@ -62,6 +66,8 @@ class Sandbox:
         self.lock = asyncio.Lock()  # Guards freeze, thaw and reconnect.
         self.over = asyncio.Event()  # Set when it has failed.
         self.watch: asyncio.Task[None] | None = None
+        self.ending: asyncio.Task[None] | None = None
+        self.silences = 0  # How often in a row the guest did not answer while nothing was asked of it.
 
     @property
     def id(self) -> SandboxId:
@@ -178,6 +184,12 @@ class Sandboxes:
             memory_mib=request.memory_mb or baked.limits.memory_mib,
             disk_mib=request.disk_mb or baked.limits.disk_mib,
         )
+        if limits.memory_mib < baked.memory_floor_mib:
+            raise InvalidRequest(
+                f"memory_mb is {limits.memory_mib}, but template {baked.image.name} needs {baked.memory_floor_mib} to start",
+                field="memory_mb",
+                minimum=baked.memory_floor_mib,
+            )
         fresh = identity.fresh(request.id, request.hostname, {**baked.image.recipe.env, **request.env})
         entry = Entry(
             request=request,
@@ -249,19 +261,28 @@ class Sandboxes:
         if sandbox is not None:
             await self._end(sandbox)
             self._all.pop(sandbox_id, None)
+            sandbox.over.set()  # Nobody needs to wait for a reason.
             self._ledger.remove(sandbox_id)
 
     async def _end(self, sandbox: Sandbox) -> None:
-        """Give back all that a sandbox holds; the caller says what it is from now on."""
+        """Give back all that a sandbox holds; the caller says what it is from now on.
+
+        Finishes even if its caller is cancelled; who asks meanwhile joins it, and after a failure it can be repeated.
+        """
         watch, sandbox.watch = sandbox.watch, None
         if watch is not None and watch is not asyncio.current_task():
             watch.cancel()
+        if sandbox.ending is None or sandbox.ending.done():
+            sandbox.ending = asyncio.create_task(self._give_back(sandbox), name=f"end {sandbox.id}")
+        await asyncio.shield(sandbox.ending)
+
+    async def _give_back(self, sandbox: Sandbox) -> None:
         guest, sandbox.guest = sandbox.guest, None
         if guest is not None:
             await guest.close()
-        machine, sandbox.machine = sandbox.machine, None
-        if machine is not None:
-            await self._machines.discard(machine)
+        if sandbox.machine is not None:
+            await self._machines.discard(sandbox.machine)
+            sandbox.machine = None  # Only now: a stop that failed must be tried again.
         self._admission.release(sandbox.id)
 
     async def _watch(self, sandbox: Sandbox) -> None:
@@ -272,17 +293,21 @@ class Sandboxes:
             await self._fail(sandbox, reason)
 
     async def _fail(self, sandbox: Sandbox, reason: str) -> None:
-        if sandbox.status == "failed":
-            return
+        if sandbox.status == "failed" or self._all.get(sandbox.id) is not sandbox:
+            return  # Known already, or deleted meanwhile: an entry written now would be a ghost after the next restart.
         sandbox.status = "failed"
         sandbox.entry.state = "failed"
         sandbox.entry.reason = reason
         sandbox.over.set()
         sandbox.working = False
-        self._ledger.write(sandbox.entry)
+        try:
+            self._ledger.write(sandbox.entry)
+        except PandastackError as error:
+            # What it holds must be given back even so; the next life would say "host_restarted" instead.
+            log.error("the reason of a failure could not be kept", sandbox_id=sandbox.id, error=error.message)
         log.warning("sandbox failed", sandbox_id=sandbox.id, reason=reason)
         self._tell("failed", sandbox.id, reason)
-        await asyncio.shield(asyncio.ensure_future(self._end(sandbox)))
+        await self._end(sandbox)
 
     # Use
 
@@ -303,15 +328,33 @@ class Sandboxes:
             log.error("guest broke the protocol", sandbox_id=sandbox.id, error=str(error))
             await self._fail(sandbox, "guest")
             raise
-        except GuestGone as error:
+        except GuestTimeout as error:
+            # A slow answer, or a daemon that was stopped from inside and will never answer again.
+            if await self._answers(sandbox):
+                raise
+            await self._fail(sandbox, "guest")
+            raise _not_running(sandbox, "guest") from error
+        except (GuestGone, RuntimeFailed) as error:
             # Either the machine is over, which `_watch` is about to say and this waits for, or only the stream is.
             reason = await self._why_gone(sandbox)
             if reason:
                 raise _not_running(sandbox, reason) from error
+            if self._all.get(sandbox.id) is not sandbox:
+                raise SandboxNotFound("the sandbox was deleted meanwhile", sandbox_id=sandbox.id) from error
             raise
         finally:
             sandbox.requests -= 1
             sandbox.touch()
+
+    async def _answers(self, sandbox: Sandbox) -> bool:
+        try:
+            if sandbox.guest is not None:
+                await sandbox.guest.health(timeout_s=HEALTH_TIMEOUT_S)
+        except GuestTimeout:
+            return False
+        except GuestError:
+            pass  # Gone, or broken: others find out and say so.
+        return True
 
     async def _why_gone(self, sandbox: Sandbox) -> str | None:
         with contextlib.suppress(TimeoutError):
@@ -340,12 +383,22 @@ class Sandboxes:
         """Freeze what has been idle for a moment. Runs for ever; owned by the host's task group."""
         while True:
             await asyncio.sleep(FREEZE_AFTER_S / 2)
-            for sandbox in self.list():
-                if self._may_freeze(sandbox):
-                    try:
-                        await self._freeze(sandbox)
-                    except PandastackError as error:
-                        log.warning("idle sandbox could not be frozen", sandbox_id=sandbox.id, error=error.message)
+            # Side by side: one guest that does not answer must not keep the others warm.
+            await asyncio.gather(*(self._try_to_freeze(sandbox) for sandbox in self.list() if self._may_freeze(sandbox)))
+
+    async def _try_to_freeze(self, sandbox: Sandbox) -> None:
+        try:
+            await self._freeze(sandbox)
+        except GuestProtocolError as error:
+            log.error("guest broke the protocol", sandbox_id=sandbox.id, error=str(error))
+            await self._fail(sandbox, "guest")
+        except GuestTimeout:
+            # Somebody inside may have stopped the daemon: a sandbox that nobody can use must not seem to run.
+            sandbox.silences += 1
+            if sandbox.silences > SILENCES_FORGIVEN:
+                await self._fail(sandbox, "guest")
+        except PandastackError as error:
+            log.warning("idle sandbox could not be frozen", sandbox_id=sandbox.id, error=error.message)
 
     def _may_freeze(self, sandbox: Sandbox) -> bool:
         idle_s = time.monotonic() - sandbox.last_busy
@@ -355,13 +408,15 @@ class Sandboxes:
         async with sandbox.lock:
             if not self._may_freeze(sandbox) or sandbox.machine is None or sandbox.guest is None or sandbox.guest.closed:
                 return
-            health = await sandbox.guest.health()
+            health = await sandbox.guest.health(timeout_s=HEALTH_TIMEOUT_S)
+            sandbox.silences = 0
             if health.live:
                 # Processes that nobody started through us, such as a daemon left behind, are work too.
                 sandbox.activity(health.live)
             elif self._may_freeze(sandbox):
-                await sandbox.machine.freeze()
+                # Said first: a request that comes while it is being frozen must wait here for its turn and thaw.
                 sandbox.frozen = True
+                await sandbox.machine.freeze()
 
     # Restart
 
@@ -378,7 +433,12 @@ class Sandboxes:
                 self._all[entry.request.id] = Sandbox(entry, None)
                 continue
             limits = Limits(cpu=entry.cpu, memory_mib=entry.memory_mb, disk_mib=entry.disk_mb)
-            machine = await self._machines.adopt(MachineId(entry.machine), Path(entry.rootfs), limits)
+            try:
+                machine = await self._machines.adopt(MachineId(entry.machine), Path(entry.rootfs), limits)
+            except (PandastackError, OSError) as error:
+                # One that resists must not keep this host, and all the others with it, from starting.
+                log.error("sandbox could not be looked for", sandbox_id=entry.request.id, error=str(error))
+                machine = None
             sandbox = Sandbox(entry, machine)
             if machine is not None:
                 try:
@@ -392,7 +452,8 @@ class Sandboxes:
                 except (GuestError, RuntimeFailed, OSError) as error:
                     log.warning("sandbox was found but does not answer", sandbox_id=sandbox.id, error=str(error))
                     sandbox.machine = None
-                    await self._machines.discard(machine)
+                    with contextlib.suppress(PandastackError):  # What is left then is swept below.
+                        await self._machines.discard(machine)
             entry.state, entry.reason = "failed", "host_restarted"
             sandbox.status = "failed"
             self._ledger.write(entry)
@@ -420,7 +481,7 @@ def _not_running(sandbox: Sandbox, reason: str | None) -> SandboxNotRunning:
         "oom": "it used more memory than its limit and was ended",
         "exited": "its first process ended",
         "host_restarted": "its host was restarted and it could not be found again",
-        "guest": "the daemon inside broke its protocol",
+        "guest": "the daemon inside broke its protocol or stopped answering",
     }.get(reason or "", reason or "unknown")
     return SandboxNotRunning(
         f"the sandbox is {sandbox.status}: {why}" if sandbox.status == "failed" else f"the sandbox is {sandbox.status}",

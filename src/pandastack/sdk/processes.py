@@ -112,8 +112,11 @@ class Process(_Seen):
         return _exit_code(self if self.exit_code is not None else self.refresh())
 
     def output(self, *, stdout_offset: int = 0, stderr_offset: int = 0) -> OutputStream:
-        """Everything it wrote from these byte offsets on, and what it goes on to write; ends when the process ends."""
-        return OutputStream(self._client, self._sandbox_id, self._cursor(stdout_offset, stderr_offset))
+        """Everything it wrote from these byte offsets on, and what it goes on to write; ends when the process ends.
+
+        Leaving a `with` block of it early only stops reading.
+        """
+        return OutputStream(self._client, self._sandbox_id, self._cursor(stdout_offset, stderr_offset), owner=False)
 
     def read_output(self, stream: Channel = "stdout", offset: int = 0, limit: int | None = None) -> OutputSlice:
         """What is there now, at most `limit` bytes; does not wait."""
@@ -211,8 +214,11 @@ class AsyncProcess(_Seen):
         return _exit_code(self if self.exit_code is not None else await self.refresh())
 
     def output(self, *, stdout_offset: int = 0, stderr_offset: int = 0) -> AsyncOutputStream:
-        """Everything it wrote from these byte offsets on, and what it goes on to write; ends when the process ends."""
-        return AsyncOutputStream(self._client, self._sandbox_id, self._cursor(stdout_offset, stderr_offset))
+        """Everything it wrote from these byte offsets on, and what it goes on to write; ends when the process ends.
+
+        Leaving a `with` block of it early only stops reading.
+        """
+        return AsyncOutputStream(self._client, self._sandbox_id, self._cursor(stdout_offset, stderr_offset), owner=False)
 
     async def read_output(self, stream: Channel = "stdout", offset: int = 0, limit: int | None = None) -> OutputSlice:
         """What is there now, at most `limit` bytes; does not wait."""

@@ -59,7 +59,8 @@ class _Outcome:
 class OutputStream(_Outcome, Iterator[OutputEvent]):
     """An iterator of OutputEvent; when it is exhausted, `exit_code` is set."""
 
-    def __init__(self, client: Client, sandbox_id: str, cursor: Cursor) -> None:
+    def __init__(self, client: Client, sandbox_id: str, cursor: Cursor, *, owner: bool = True) -> None:
+        self._owner = owner  # Leaving the block ends a command that was started for it, not one that was there before.
         self._client = client
         self._sandbox_id = sandbox_id
         self._cursor = cursor
@@ -121,7 +122,8 @@ class OutputStream(_Outcome, Iterator[OutputEvent]):
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.kill()
+            if self._owner:
+                self.kill()
         finally:
             self.close()
 
@@ -129,7 +131,8 @@ class OutputStream(_Outcome, Iterator[OutputEvent]):
 class AsyncOutputStream(_Outcome, AsyncIterator[OutputEvent]):
     """An async iterator of OutputEvent; when it is exhausted, `exit_code` is set."""
 
-    def __init__(self, client: AsyncClient, sandbox_id: str, cursor: Cursor) -> None:
+    def __init__(self, client: AsyncClient, sandbox_id: str, cursor: Cursor, *, owner: bool = True) -> None:
+        self._owner = owner
         self._client = client
         self._sandbox_id = sandbox_id
         self._cursor = cursor
@@ -192,6 +195,7 @@ class AsyncOutputStream(_Outcome, AsyncIterator[OutputEvent]):
     async def __aexit__(self, *_: object) -> None:
         try:
             # Also when the task is being cancelled: the command must not outlive the block that owns it.
-            await asyncio.shield(self.kill())
+            if self._owner:
+                await asyncio.shield(self.kill())
         finally:
             await self.close()

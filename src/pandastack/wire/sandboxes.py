@@ -49,8 +49,8 @@ class SandboxCreate(Shape):
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA_KEYS)] = {}
     env: Env = {}
     cpu: Annotated[float, Field(gt=0, le=1024)] | None = None
-    memory_mb: Annotated[int, Field(ge=1, le=1 << 22)] | None = None
-    disk_mb: Annotated[int, Field(ge=1, le=1 << 26)] | None = None
+    memory_mb: Annotated[int, Field(ge=64, le=1 << 22)] | None = None
+    disk_mb: Annotated[int, Field(ge=64, le=1 << 26)] | None = None
     from_snapshot: str | None = None
     volumes: Annotated[list[VolumeMount], Field(max_length=16)] = []
 

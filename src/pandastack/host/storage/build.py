@@ -117,9 +117,16 @@ class Reporter:
     def send(self) -> None:
         self._sent_at = time.monotonic()
         self._held_back = False
-        self._send(Progress(
-            step=self.step_name, done=self.done, total=self.total, unit=self.unit, message=self.message, elapsed_s=self.elapsed_s,
-        ))
+        self._send(
+            Progress(
+                step=self.step_name,
+                done=self.done,
+                total=self.total,
+                unit=self.unit,
+                message=self.message,
+                elapsed_s=self.elapsed_s,
+            )
+        )
 
     @property
     def elapsed_s(self) -> float:
@@ -165,6 +172,7 @@ class Builder:
             await self._install_python(self.recipe.folder / self.recipe.python.requirements)
         self.report.step("shrink", "removing caches and what the recipe leaves out")
         await self._isolated([*self.tools.chroot, self.rootfs, "remove", "--", *_NEVER_SHIPPED, *self.recipe.remove], network=False)
+        await asyncio.to_thread(self._keep_tmp_on_disk)
         if self.recipe.warm and self.recipe.warm.python_modules:
             self.report.step("check", "importing " + ", ".join(self.recipe.warm.python_modules))
             await self._in_chroot(["python3", "-c", "import " + ", ".join(self.recipe.warm.python_modules)], user=_NOBODY)
@@ -195,7 +203,7 @@ class Builder:
         sources.write_text(mirrors.sources_list(distribution, mirror, str(keyring)))
         options = [f"--dpkgopt={option}" for option in self.recipe.dpkg_options]
         if self.settings.ca_bundle and "https:" in sources.read_text():
-            options.append(f"--aptopt=Acquire::https::CAInfo \"{self.settings.ca_bundle}\";")
+            options.append(f'--aptopt=Acquire::https::CAInfo "{self.settings.ca_bundle}";')
         self.report.step("packages", f"fetching the package lists of {distribution}", unit="packages")
         await self._isolated(
             [
@@ -260,6 +268,14 @@ class Builder:
             "tar", "--extract", "--file", "/tmp/build/files.tar", "--directory", "/",
             "--keep-directory-symlink", "--no-overwrite-dir", "--numeric-owner", "--same-permissions",
         ])  # fmt: skip
+
+    def _keep_tmp_on_disk(self) -> None:
+        """Leave a file in /tmp: gVisor lays a file system in memory over an empty one, which has no limit but the sandbox's memory."""
+        directory = os.open(self.rootfs / "tmp", os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.close(os.open(".keep", os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=directory))
+        finally:
+            os.close(directory)
 
     def _has_user(self, user: User) -> bool:
         passwd = self.rootfs / "etc/passwd"
@@ -358,8 +374,13 @@ class Builder:
         await self._run([*isolate, *argv], **options)  # type: ignore[arg-type]
 
     async def _run(
-        self, argv: Sequence[str | Path], *, deadline_s: float = _SHORT_S, environment: dict[str, str] | None = None,
-        on_line: Callable[[str | None], None] | None = None, quiet: bool = False,
+        self,
+        argv: Sequence[str | Path],
+        *,
+        deadline_s: float = _SHORT_S,
+        environment: dict[str, str] | None = None,
+        on_line: Callable[[str | None], None] | None = None,
+        quiet: bool = False,
     ) -> None:
         plain = {"PATH": _PATH, "LANG": "C.UTF-8", "HOME": str(self.work), "TMPDIR": str(self.work)}
         tick = on_line or (lambda line: self.report.send() if line is None else None)

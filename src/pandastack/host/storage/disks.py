@@ -65,7 +65,14 @@ class Disks:
             )
         async with self._making.setdefault(size_mib, asyncio.Lock()):
             empty = await asyncio.to_thread(self._empty_image, size_mib)
-        return await asyncio.to_thread(self._create, disk, empty)
+        making = asyncio.ensure_future(asyncio.to_thread(self._create, disk, empty))
+        try:
+            return await asyncio.shield(making)
+        except asyncio.CancelledError:
+            # A thread cannot be cancelled: it would mount the disk after its caller had cleaned up.
+            await asyncio.wait([making])
+            await self.delete(disk)
+            raise
 
     async def delete(self, disk: str) -> None:
         """Unmount and remove. Idempotent."""
@@ -213,4 +220,3 @@ def _as_disk_error(error: BaseException, text: str) -> DiskFull | RuntimeFailed:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(text + ": the host's disk is full", hint="free space on the file system of the data directory")
     return RuntimeFailed(text, detail=str(error))
-

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraint
 from pandastack.errors import TemplateError, TemplateNotFound
 
 # Part of every digest: raise it when the builder makes a different image from the same recipe.
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 
 # These describe a template or size a sandbox, but change nothing in the image, so editing them builds nothing anew.
 _NOT_BUILT_IN = {"label", "description", "category", "aliases", "tools", "cpu", "memory_mb", "disk_mb", "fallback", "build_space_mb"}
@@ -254,9 +254,14 @@ class Catalog:
                     self._aliases[alias] = recipe.name
                 else:
                     path = recipe.folder / "template.toml"
-                    self._break(recipe.name, TemplateError(
-                        f"{path}: aliases: {alias!r} already belongs to {other}", hint="choose another alias", file=str(path),
-                    ))
+                    self._break(
+                        recipe.name,
+                        TemplateError(
+                            f"{path}: aliases: {alias!r} already belongs to {other}",
+                            hint="choose another alias",
+                            file=str(path),
+                        ),
+                    )
 
     def _add(self, folder: Path) -> None:
         self.recipes.pop(folder.name, None)

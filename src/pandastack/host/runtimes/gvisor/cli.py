@@ -37,6 +37,8 @@ class CliControl:
             )
         except subprocess.TimeoutExpired as error:
             raise RuntimeFailed(f"runsc {words[0]} did not finish within {timeout_s:g} s") from error
+        except OSError as error:
+            raise RuntimeFailed(f"runsc cannot be started ({error.strerror})") from error
         if done.returncode != 0:
             raise RuntimeFailed(f"runsc {words[0]} failed", exit_code=done.returncode)
 

@@ -17,6 +17,7 @@ import ipaddress
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -45,8 +46,9 @@ def call(control_socket: Path, method: str, argument: Any = None, fds: Sequence[
                 connection.connect(address)
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             sent = connection.sendmsg([request], ancillary)
-            connection.sendall(request[sent:])
-            reply = _read_value(connection)
+            if sent < len(request):
+                connection.sendall(request[sent:])
+            reply = _read_value(connection, time.monotonic() + timeout_s)
         except TimeoutError as error:
             raise RuntimeFailed(f"gVisor did not answer {method} within {timeout_s:g} s", method=method) from error
         except OSError as error:
@@ -56,10 +58,12 @@ def call(control_socket: Path, method: str, argument: Any = None, fds: Sequence[
     return reply.get("result")
 
 
-def _read_value(connection: socket.socket) -> dict[str, Any]:
+def _read_value(connection: socket.socket, until: float) -> dict[str, Any]:
     """Read one JSON value; the stream has no framing, so it is complete when it parses."""
     data = b""
     while len(data) < _MAX_REPLY_BYTES:
+        # The deadline is for the whole answer, not for each piece of it.
+        connection.settimeout(max(0.001, until - time.monotonic()))
         piece = connection.recv(65536)
         if not piece:
             raise ConnectionResetError("control socket closed")

@@ -18,8 +18,9 @@ import re
 import select
 import shutil
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from pandastack.errors import HostUnfit, RuntimeFailed
 from pandastack.host.runtimes import cgroups
@@ -177,11 +178,11 @@ class GvisorRuntime:
             undo.push_async_callback(machine.stop)
             # The guest must see its own limit as the machine's memory, and runsc reads it while it creates; what
             # runsc itself needs is added afterwards.
-            await asyncio.to_thread(self._before_create, spec, cgroup, arguments)
+            await _to_the_end(self._before_create, spec, cgroup, arguments)
             stdin_ours, stdin_guest = _socketpair()
             stdout_ours, stdout_guest = _socketpair()
             machine.stdio = (stdin_ours, stdout_ours)
-            await asyncio.to_thread(self.keeper.put, spec.id, [stdin_ours.fileno(), stdout_ours.fileno()])
+            await _to_the_end(self.keeper.put, spec.id, [stdin_ours.fileno(), stdout_ours.fileno()])
             log = spec.state / "runsc.log"
             with stdin_guest, stdout_guest, log.open("ab") as log_file:
                 process = await asyncio.create_subprocess_exec(
@@ -203,7 +204,7 @@ class GvisorRuntime:
                     raise
             if code != 0:
                 raise RuntimeFailed("runsc could not create the sandbox", detail=_last_line(log))
-            await asyncio.to_thread(machine.created)
+            await _to_the_end(machine.created)
             undo.pop_all()
             return machine
 
@@ -241,6 +242,16 @@ class GvisorRuntime:
         for pattern in (f"{machine}_sandbox:*", f"{machine}.*", f"runsc-{machine}.sock"):
             for file in self.root.glob(pattern):
                 file.unlink(missing_ok=True)
+
+
+async def _to_the_end(work: Callable[..., None], *arguments: Any) -> None:
+    """Run blocking work in a thread. When this is cancelled the thread is waited for: it must not make things after their undo."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def _socketpair() -> tuple[socket.socket, socket.socket]:

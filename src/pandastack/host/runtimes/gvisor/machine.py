@@ -86,10 +86,11 @@ class GvisorMachine:
         self._pid, self._pidfds, self._running = int(record["pid"]), pidfds, True
         self.stdio = (socket.socket(fileno=kept[0]), socket.socket(fileno=kept[1]))
         self._connected = True  # By an earlier life; what it was saying may still be under way.
-        # It may have been frozen when the daemon died; going on twice is harmless.
-        self._signal(signal.SIGCONT)
-        with contextlib.suppress(RuntimeFailed):
-            self._control.resume()
+        if _is_stopped(self._pid):
+            # It was frozen when the daemon died. Only then: a sentry that is told to resume without a pause panics.
+            self._signal(signal.SIGCONT)
+            with contextlib.suppress(RuntimeFailed):
+                self._control.resume()
         return True
 
     def _signal(self, number: signal.Signals) -> None:
@@ -214,6 +215,13 @@ def _start_ticks(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
     except (OSError, IndexError, ValueError):
         return -1
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+    except (OSError, IndexError):
+        return False
 
 
 def _boot_id() -> str:

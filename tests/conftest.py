@@ -1,0 +1,58 @@
+"""Shared by all tests: the event loop, a host on the fake runtime, and the oracle that nothing was left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from hosts import World
+from pandastack.host.app import HostService
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def _descriptors() -> dict[str, str]:
+    found = {}
+    for fd in Path("/proc/self/fd").iterdir():
+        try:
+            found[fd.name] = str(fd.readlink())
+        except OSError:
+            continue  # The one of this very listing.
+    return found
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """After the test this process has the descriptors and threads of fakes that it had before, a moment given."""
+    before = _descriptors()
+    yield
+    deadline = time.monotonic() + 5
+    while True:
+        more = {fd: what for fd, what in _descriptors().items() if fd not in before and "socket" in what}
+        threads = [thread.name for thread in threading.enumerate() if thread.name == "fake guests"]
+        if not more and not threads:
+            return
+        assert time.monotonic() < deadline, f"left behind: {more} {threads}"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    """The folders and machines of an install on the fake runtime."""
+    made = World(tmp_path)
+    yield made
+    made.clear()
+
+
+@pytest.fixture
+async def host(world: World) -> AsyncIterator[HostService]:
+    """A running host on `world`, without a pool."""
+    async with world.opened() as made:
+        yield made

@@ -1,0 +1,563 @@
+"""The promises of `host/runtimes/base.py`, over every runtime of this machine: the fake, and gVisor with each runsc there is.
+
+gVisor needs root and the image of the template `base`, which is built (minutes) if the cache directory
+(PANDASTACK_TEST_CACHE, else the default one) has none. A newer runsc is named by PANDASTACK_TEST_RUNSC_NEW. After each
+test nothing may be left: no process, cgroup, mount, loop device, state file or descriptor.
+"""
+
+# ruff: noqa: ASYNC240, S604 - `shell` is a field of ProcessSpec and runs inside a sandbox
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from hosts import until
+from pandastack.errors import HostUnfit, PandastackError, RuntimeFailed
+from pandastack.host import app, identity
+from pandastack.host.guest import Guest, ProcessSpec
+from pandastack.host.keeper import Keeper
+from pandastack.host.runtimes.base import Limits, Machine, MachineId, MachineSpec, Runtime
+from pandastack.host.runtimes.fake import FakeRuntime
+from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
+from pandastack.host.storage.disks import Disks
+from pandastack.host.storage.images import Images
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
+
+CACHE = Path(os.environ.get("PANDASTACK_TEST_CACHE", "/var/cache/pandastack"))
+LIMITS = Limits(cpu=1, memory_mib=256, disk_mib=256)
+NAMES = ["fake", "gvisor", "gvisor-new"]
+
+
+def _runsc(name: str) -> Path:
+    if os.geteuid() != 0:
+        pytest.skip("gVisor needs root")
+    if name == "gvisor-new":
+        newer = Path(os.environ.get("PANDASTACK_TEST_RUNSC_NEW", Path(__file__).parents[2] / ".cache/runsc-new/runsc"))
+        if not newer.exists():
+            pytest.skip("no newer runsc: PANDASTACK_TEST_RUNSC_NEW does not name one")
+        return newer
+    found = [path for path in (CACHE / "runsc" / "runsc", Path("/usr/bin/runsc")) if path.exists()]
+    if not found:
+        pytest.skip(f"no runsc in {CACHE / 'runsc'} and none installed: run `pandastack setup`")
+    return found[0]
+
+
+@pytest.fixture(scope="session")
+def rootfs() -> Path:
+    """The image of `base`; built once."""
+    images = Images(CACHE / "images", [app.shipped_templates()])
+    image = images.cached("base") or asyncio.run(images.ensure("base", lambda _: None))
+    return image.rootfs
+
+
+@pytest.fixture(scope="session")
+def guest_directory() -> Path:
+    try:
+        return app.guest_directory(CACHE / "guest")[0]
+    except HostUnfit as error:
+        pytest.skip(str(error))
+
+
+@dataclass
+class Bench:
+    """A runtime and what its machines need. `spec` makes the folders of one, `end_by` brings a machine to its end."""
+
+    name: str
+    runtime: Runtime
+    root: Path
+    rootfs: Path
+    guest: Path
+    disks: Disks | None
+    keeper: Keeper | None
+    group: str
+    made: list[Machine] = field(default_factory=list)
+    forgotten: set[str] = field(default_factory=set)
+
+    @property
+    def real(self) -> bool:
+        return self.disks is not None
+
+    async def spec(self, limits: Limits = LIMITS) -> MachineSpec:
+        machine = MachineId("m" + secrets.token_hex(8))
+        disk = self.root / "disks" / machine
+        if self.disks is not None:
+            await self.disks.create(machine, limits.disk_mib)
+        else:
+            disk.mkdir(parents=True)
+        state = self.root / "machines" / machine
+        state.mkdir(parents=True)
+        return MachineSpec(id=machine, rootfs=self.rootfs, guest=self.guest, disk=disk, state=state, limits=limits)
+
+    async def prepared(self, limits: Limits = LIMITS) -> Machine:
+        machine = await self.runtime.prepare(await self.spec(limits))
+        self.made.append(machine)
+        return machine
+
+    @asynccontextmanager
+    async def guest_of(self, machine: Machine) -> AsyncIterator[Guest]:
+        guest = await Guest.open(await machine.connect(), timeout_s=30)
+        try:
+            yield guest
+        finally:
+            await guest.close()
+
+    @asynccontextmanager
+    async def started(self, limits: Limits = LIMITS) -> AsyncIterator[tuple[Machine, Guest]]:
+        machine = await self.prepared(limits)
+        await machine.start()
+        async with self.guest_of(machine) as guest:
+            yield machine, guest
+
+    async def end_by(self, machine: Machine, guest: Guest, reason: str) -> None:
+        if isinstance(self.runtime, FakeRuntime):
+            self.runtime.machines[machine.spec.id].end(reason)  # type: ignore[arg-type]
+        elif reason == "oom":
+            await guest.start(ProcessSpec(shell="tail /dev/zero"))
+        else:
+            os.kill((await machine.usage()).pid, signal.SIGKILL)
+
+    def left(self) -> dict[str, list[str]]:
+        """What there is of this bench outside its own objects."""
+        cgroups = {str(path) for path in Path("/sys/fs/cgroup").glob(f"{self.group}*")}
+        cgroups |= {str(path) for path in Path("/sys/fs/cgroup").glob(f"*/{self.group}*")}
+        mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(self.root) in line]
+        loops = subprocess.run(["losetup", "-a"], capture_output=True, text=True, check=False).stdout.splitlines() if self.real else []
+        processes = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = entry.read_bytes().decode("utf-8", "replace").replace("\0", " ")
+            except OSError:
+                continue
+            if str(self.root) in words and "keeper" not in words:
+                processes.append(words[:200])
+        files = [str(path) for path in (self.root / "gv").glob("*")]
+        # The folders of machines that were swept are cleared by whoever made them (`Machines.sweep`).
+        marks = [str(path) for path in (self.root / "machines").glob("*/*machine*") if path.parent.name not in self.forgotten]
+        found = {
+            "cgroups": sorted(cgroups),
+            "mounts": mounts,
+            "loops": [line for line in loops if str(self.root) in line],
+            "processes": processes,
+            "files": files + marks,
+        }
+        return {kind: what for kind, what in found.items() if what}
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder with a short name: the path of a socket has at most 107 bytes."""
+    folder = Path("/tmp") / f"pd-{secrets.token_hex(4)}"
+    folder.mkdir()
+    yield folder
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+@pytest.fixture(params=NAMES)
+async def bench(request: pytest.FixtureRequest, short: Path, no_leaks: None) -> AsyncIterator[Bench]:
+    """A runtime that was probed; after the test its machines are stopped and nothing may be left of them."""
+    (short / "machines").mkdir()
+    group = f"pandastack-test-{short.name}"
+    if request.param == "fake":
+        made = Bench("fake", FakeRuntime(), short, short, short, None, None, group)
+    else:
+        runsc = _runsc(request.param)
+        guest, rootfs = request.getfixturevalue("guest_directory"), request.getfixturevalue("rootfs")
+        keeper = Keeper(short / "k" / "keeper.sock")
+        runtime = GvisorRuntime(runsc, root=short / "gv", group=group, guest=guest, keeper=keeper)
+        made = Bench(request.param, runtime, short, rootfs, guest, Disks(short / "disks", low_water_mib=0), keeper, group)
+    probe = await made.runtime.probe()
+    assert probe.works, f"{probe.reason} {probe.hint}"
+    assert made.left() == {}, "the probe left something"
+    yield made
+    for machine in made.made:
+        await machine.stop()
+    if made.disks is not None:
+        await made.disks.sweep([])
+    for _ in range(200):
+        if not made.left():
+            break
+        await asyncio.sleep(0.02)
+    assert made.left() == {}
+    if made.keeper is not None:
+        assert set(made.keeper._call({"op": "names"}, [])[0]["names"]) <= made.forgotten
+        made.keeper.retain(set())
+        made.keeper.close()
+        await until(lambda: not (short / "k").exists())
+
+
+async def say(guest: Guest, shell: str) -> tuple[str, int]:
+    """stdout and exit code of a line of shell."""
+    out = b""
+    async with asyncio.timeout(60), await guest.run(ProcessSpec(shell=shell)) as stream:
+        async for _channel, _offset, data in stream:
+            out += data
+    return out.decode(), stream.exit.code
+
+
+async def test_a_probe_names_version_and_key(bench: Bench) -> None:
+    probe = await bench.runtime.probe()
+    assert probe.works
+    assert probe.version
+    assert probe.key
+    assert probe.key == (await bench.runtime.probe()).key
+
+
+async def test_a_started_machine_has_a_guest_that_answers(bench: Bench) -> None:
+    async with bench.started() as (_, guest):
+        assert not (await guest.health()).sealed
+        assert await say(guest, "echo hi; exit 3") == ("hi\n", 3)
+
+
+async def test_what_is_written_stays_inside(bench: Bench) -> None:
+    async with bench.started() as (one, guest):
+        await guest.write_file("/root/secret", b"x" * 1000)
+        async with bench.started() as (_, other):
+            with pytest.raises(FileNotFoundError):
+                await other.stat("/root/secret")
+        assert not (one.spec.rootfs / "root/secret").exists()
+
+
+async def test_a_machine_stopped_before_it_started_leaves_nothing(bench: Bench) -> None:
+    machine = await bench.prepared()
+    await machine.stop()
+    await machine.stop()
+
+
+async def test_a_prepare_that_fails_leaves_nothing(bench: Bench) -> None:
+    spec = await bench.spec()
+    if isinstance(bench.runtime, FakeRuntime):
+        bench.runtime.fail("prepared")
+        broken = spec
+    else:
+        broken = MachineSpec(id=spec.id, rootfs=bench.root / "nothing", guest=spec.guest, disk=spec.disk, state=spec.state, limits=LIMITS)
+    with pytest.raises((RuntimeFailed, HostUnfit)):
+        await bench.runtime.prepare(broken)
+    (spec.state / "runsc.log").unlink(missing_ok=True)
+    assert {kind: what for kind, what in bench.left().items() if kind not in ("mounts", "loops")} == {}
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.002, 0.01, 0.03, 0.1])
+async def test_a_prepare_that_is_cancelled_leaves_nothing(bench: Bench, after_s: float) -> None:
+    preparing = asyncio.create_task(bench.runtime.prepare(await bench.spec()))
+    await asyncio.sleep(after_s)
+    if preparing.done():
+        bench.made.append(preparing.result())
+        return
+    preparing.cancel()
+    await asyncio.gather(preparing, return_exceptions=True)
+    if not preparing.cancelled():
+        bench.made.append(preparing.result())
+        return
+    await until(lambda: not set(bench.left()) - {"mounts", "loops"}, 10)
+
+
+async def test_a_restored_machine_goes_on_where_the_saved_one_was(bench: Bench) -> None:
+    into = bench.root / "saved"
+    into.mkdir()
+    async with bench.started() as (machine, guest):
+        await guest.write_file("/root/file", b"content")
+        await guest.start(ProcessSpec(shell="echo before; cat", stdin=True, id="p"))
+        await asyncio.sleep(0.3)
+        await guest.close()
+        await machine.snapshot(into, resume=False)
+        await machine.stop()
+    copies = [await bench.prepared(), await bench.prepared()]
+    for copy in copies:
+        await copy.restore(into)
+        async with bench.guest_of(copy) as guest:
+            _, body = await guest.read_file("/root/file")
+            assert b"".join([piece async for piece in body]) == b"content"
+            assert "p" in [one.id for one in await guest.list_processes() if one.running]
+            assert await guest.write_stdin("p", b"after\n", close=True) == 6
+            async with asyncio.timeout(60), await guest.attach("p") as stream:
+                assert b"".join([data async for _, _, data in stream]) == b"before\nafter\n"
+            await guest.write_file("/root/file", b"of this copy")
+
+
+async def test_a_machine_saved_on_the_way_goes_on(bench: Bench) -> None:
+    into = bench.root / "saved"
+    into.mkdir()
+    async with bench.started() as (machine, guest):
+        await guest.start(ProcessSpec(shell="sleep 0.5; echo done", id="p"))
+        await machine.snapshot(into, resume=True)
+        assert (await guest.wait("p", timeout_s=60)).code == 0
+        assert await say(guest, "echo on") == ("on\n", 0)
+
+
+async def test_a_sealed_machine_gets_an_identity_when_it_is_restored(bench: Bench) -> None:
+    into = bench.root / "saved"
+    into.mkdir()
+    async with bench.started() as (machine, guest):
+        assert await guest.seal() == 0
+        await guest.close()
+        await machine.snapshot(into, resume=False)
+    copy = await bench.prepared()
+    await copy.restore(into)
+    async with bench.guest_of(copy) as guest:
+        with pytest.raises(PandastackError):
+            await say(guest, "true")
+        await identity.confirm(guest, identity.fresh("00000000-0000-4000-8000-000000000001", "mine", {"NAME": "value"}))
+        assert await say(guest, "hostname; echo $NAME") == ("mine\nvalue\n", 0)
+
+
+async def test_a_saved_state_that_is_none_is_refused(bench: Bench) -> None:
+    into = bench.root / "saved"
+    into.mkdir()
+    machine = await bench.prepared()
+    with pytest.raises((RuntimeFailed, OSError)):
+        await machine.restore(into)
+    for name in ("state", "checkpoint.img", "pages_meta.img", "pages.img"):
+        (into / name).write_bytes(b"garbage" * 1000)
+    again = await bench.prepared()
+    with pytest.raises(RuntimeFailed):
+        await again.restore(into)
+
+
+async def test_a_frozen_machine_uses_no_cpu_and_answers_when_thawed(bench: Bench) -> None:
+    async with bench.started() as (machine, guest):
+        await guest.start(ProcessSpec(shell="while true; do :; done" if bench.real else "sleep 100", id="busy"))
+        await asyncio.sleep(0.2)
+        await machine.freeze()
+        await machine.freeze()
+        await asyncio.sleep(0.1)
+        before = (await machine.usage()).cpu_s
+        with pytest.raises(PandastackError):
+            await guest.health(timeout_s=1)
+        assert (await machine.usage()).cpu_s - before < 0.02
+        await machine.thaw()
+        await machine.thaw()
+        assert (await guest.health(timeout_s=30)).live == 1
+        if bench.real:
+            await until_used(machine, before + 0.1)
+
+
+async def until_used(machine: Machine, cpu_s: float) -> None:
+    async with asyncio.timeout(30):
+        used = (await machine.usage()).cpu_s
+        while used < cpu_s:
+            await asyncio.sleep(0.05)
+            used = (await machine.usage()).cpu_s
+
+
+async def test_usage_is_of_this_machine_and_only_grows(bench: Bench) -> None:
+    async with bench.started() as (machine, guest):
+        before = await machine.usage()
+        assert before.pid > 1
+        assert min(before.memory_bytes, before.resident_bytes, before.virtual_bytes, before.threads) > 0
+        await say(guest, "echo 1; echo 2; echo 3")
+        after = await machine.usage()
+        assert after.cpu_s > before.cpu_s
+        assert after.uptime_s > before.uptime_s
+
+
+@pytest.mark.parametrize("reason", ["oom", "exited"])
+async def test_the_end_of_a_machine_says_why(bench: Bench, reason: str) -> None:
+    async with bench.started(Limits(cpu=1, memory_mib=128, disk_mib=256)) as (machine, guest):
+        ended = asyncio.create_task(machine.ended())
+        cancelled = asyncio.create_task(machine.ended())
+        await asyncio.sleep(0.05)
+        cancelled.cancel()
+        assert not ended.done()
+        await bench.end_by(machine, guest, reason)
+        async with asyncio.timeout(60):
+            assert await ended == reason
+        assert await machine.ended() == reason
+        async with asyncio.timeout(10):
+            await guest.ended()
+
+
+async def test_a_stopped_machine_says_so(bench: Bench) -> None:
+    async with bench.started() as (machine, guest):
+        ended = asyncio.create_task(machine.ended())
+        await asyncio.sleep(0.05)
+        await machine.stop()
+        async with asyncio.timeout(10):
+            assert await ended == "stopped"
+            await guest.ended()
+        await machine.stop()
+        with pytest.raises(RuntimeFailed):
+            await machine.connect()
+
+
+async def test_two_sessions_follow_each_other(bench: Bench) -> None:
+    async with bench.started() as (machine, guest):
+        await guest.start(ProcessSpec(shell="sleep 100", id="p"))
+        stream = await guest.run(ProcessSpec(shell="yes | head -c 3000000"))
+        await anext(stream)
+        await guest.close()  # In the middle of its output.
+        async with bench.guest_of(machine) as again:
+            assert "p" in [one.id for one in await again.list_processes() if one.running]
+            assert await say(again, "echo hi") == ("hi\n", 0)
+
+
+def reborn(bench: Bench) -> Runtime:
+    """The runtime as a restarted daemon has it. The fake is its own kernel, so it stays."""
+    if isinstance(bench.runtime, GvisorRuntime):
+        old = bench.runtime
+        assert bench.keeper is not None
+        keeper = bench.keeper = Keeper(bench.root / "k" / "keeper.sock")
+        old.keeper.close()  # type: ignore[attr-defined]
+        old.keeper = keeper
+        return GvisorRuntime(old.runsc, root=old.root, group=bench.group, guest=bench.guest, keeper=keeper)
+    return bench.runtime
+
+
+def forget(bench: Bench, machine: Machine) -> None:
+    """What the death of a daemon does to a machine's object: its descriptors are closed, nothing else."""
+    bench.made.remove(machine)
+    bench.forgotten.add(machine.spec.id)
+    if bench.real:
+        for end in machine.stdio or ():  # type: ignore[attr-defined]
+            end.close()
+        for fd in machine._pidfds:  # type: ignore[attr-defined]
+            os.close(fd)
+        machine._pidfds, machine.stdio = [], None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["awake", "frozen"])
+async def test_a_running_machine_is_adopted_after_a_restart(bench: Bench, frozen: bool) -> None:
+    async with bench.started() as (machine, guest):
+        await guest.start(ProcessSpec(shell="sleep 0.5; echo done; sleep 100", id="p"))
+        if frozen:
+            await guest.close()
+            await machine.freeze()
+    forget(bench, machine)
+    runtime = reborn(bench)
+    await runtime.probe()
+    adopted = await runtime.adopt(machine.spec)
+    assert adopted is not None
+    bench.made.append(adopted)
+    async with bench.guest_of(adopted) as guest:
+        async with asyncio.timeout(60), await guest.attach("p") as stream:
+            assert (await anext(stream)).data == b"done\n"
+        assert await say(guest, "echo hi") == ("hi\n", 0)
+        await bench.end_by(adopted, guest, "exited") if bench.name == "fake" else os.kill((await adopted.usage()).pid, signal.SIGKILL)
+        async with asyncio.timeout(30):
+            assert await adopted.ended() == "exited"
+
+
+async def test_a_machine_that_is_gone_is_not_adopted(bench: Bench) -> None:
+    async with bench.started() as (machine, guest):
+        await bench.end_by(machine, guest, "exited")
+        await machine.ended()
+        assert await bench.runtime.adopt(machine.spec) is None
+    assert await bench.runtime.adopt(await bench.spec()) is None
+
+
+async def test_a_sweep_removes_all_but_what_is_kept(bench: Bench) -> None:
+    kept, other, third = await bench.prepared(), await bench.prepared(), await bench.prepared()
+    await kept.start()
+    await other.start()
+    forget(bench, other)
+    forget(bench, third)
+    assert await bench.runtime.sweep([kept.spec.id]) == sorted([other.spec.id, third.spec.id])
+    async with bench.guest_of(kept) as guest:
+        assert await say(guest, "echo hi") == ("hi\n", 0)
+    assert await bench.runtime.sweep([kept.spec.id]) == []
+
+
+async def test_a_sweep_touches_no_other_install(bench: Bench) -> None:
+    if bench.real:
+        assert isinstance(bench.runtime, GvisorRuntime)
+        other = GvisorRuntime(
+            bench.runtime.runsc, root=bench.root / "other", group=f"{bench.group}-2", guest=bench.guest, keeper=bench.runtime.keeper
+        )
+        await other.probe()
+    else:
+        other = FakeRuntime()  # type: ignore[assignment]
+    async with bench.started() as (_, guest):
+        assert await other.sweep([]) == []
+        assert await say(guest, "echo hi") == ("hi\n", 0)
+
+
+async def test_limits_hold(bench: Bench) -> None:
+    if not bench.real:
+        pytest.skip("the fake has no kernel to hold limits")
+    async with bench.started(Limits(cpu=0.5, memory_mib=256, disk_mib=256)) as (machine, guest):
+        before, began = (await machine.usage()).cpu_s, time.monotonic()
+        await say(guest, "timeout 2 sh -c 'while :; do :; done'")
+        share = ((await machine.usage()).cpu_s - before) / (time.monotonic() - began)
+        assert share < 0.8
+        _, code = await say(guest, "head -c 400000000 /dev/zero >/root/big")
+        assert code != 0, "the disk is larger than its limit"
+        assert await say(guest, "rm /root/big; echo on") == ("on\n", 0)
+
+
+async def test_a_dead_keeper_costs_the_adoption_and_nothing_else(bench: Bench) -> None:
+    if bench.keeper is None:
+        pytest.skip("the fake needs no keeper")
+    async with bench.started() as (machine, guest):
+        (pid,) = [int(entry.parent.name) for entry in Path("/proc").glob("[0-9]*/cmdline") if _is_keeper(entry, bench.root)]
+        os.kill(pid, signal.SIGKILL)
+        assert await say(guest, "echo hi") == ("hi\n", 0)
+        (await bench.prepared()).spec  # noqa: B018 - a new keeper takes over for what comes
+    forget(bench, machine)
+    runtime = reborn(bench)
+    await runtime.probe()
+    assert await runtime.adopt(machine.spec) is None
+    assert machine.spec.id in await runtime.sweep([bench.made[-1].spec.id])
+
+
+def _is_keeper(cmdline: Path, root: Path) -> bool:
+    try:
+        words = cmdline.read_bytes()
+    except OSError:
+        return False
+    return b"keeper.py" in words and os.fsencode(root) in words
+
+
+class TestProbe:
+    """A runsc that is no good is refused with a reason a person can act on."""
+
+    @pytest.fixture
+    def probe(self, short: Path, guest_directory: Path, no_leaks: None) -> Iterator[object]:
+        keeper = Keeper(short / "k" / "keeper.sock")
+
+        async def of(text: str | None) -> tuple[bool, str, str]:
+            runsc = short / "runsc"
+            if text is not None:
+                runsc.write_text(text)
+                runsc.chmod(runsc.stat().st_mode | stat.S_IXUSR)
+            runtime = GvisorRuntime(runsc, root=short / "gv", group=f"pandastack-test-{short.name}", guest=guest_directory, keeper=keeper)
+            probe = await runtime.probe()
+            return probe.works, probe.reason or "", probe.hint or ""
+
+        yield of
+        keeper.close()
+
+    async def test_one_that_is_not_there(self, probe: object) -> None:
+        works, reason, hint = await probe(None)  # type: ignore[operator]
+        assert not works
+        assert "cannot be started" in reason
+        assert "PANDASTACK_RUNSC" in hint
+
+    async def test_one_that_is_too_old(self, probe: object) -> None:
+        works, reason, hint = await probe("#!/bin/sh\necho runsc version release-20230101.0\n")  # type: ignore[operator]
+        assert not works
+        assert "too old" in reason
+        assert "20240729" in hint
+
+    async def test_one_that_is_no_program(self, probe: object) -> None:
+        works, reason, _ = await probe("\x7fELFgarbage")  # type: ignore[operator]
+        assert not works
+        assert "cannot be started" in reason
+
+    async def test_one_that_fails_at_everything(self, probe: object) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("cgroups need root")
+        works, reason, hint = await probe("#!/bin/sh\necho no luck >&2; exit 1\n")  # type: ignore[operator]
+        assert not works
+        assert "no control dialect" in reason
+        assert "no luck" in hint, "runsc's own last words are in it"

@@ -1,0 +1,63 @@
+"""The gate of every sandbox: each step of its identity is confirmed, or it is not handed out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pandastack.errors import GuestError
+from pandastack.host import identity
+from pandastack.wire.guest import IdentityReport, IdentityStep
+
+pytestmark = pytest.mark.anyio
+
+
+class Teller:
+    """As a guest, with the report that a test wants."""
+
+    def __init__(self, steps: dict[str, IdentityStep], offset_ns: int = 0) -> None:
+        self.report = IdentityReport(steps=steps, offset_ns=offset_ns)
+        self.given: dict[str, Any] = {}
+
+    async def identity(self, **given: Any) -> IdentityReport:
+        self.given = given
+        return self.report
+
+
+def steps(**changed: IdentityStep | None) -> dict[str, IdentityStep]:
+    every = {name: IdentityStep(ok=True, detail="") for name in identity.REQUIRED_STEPS} | changed
+    return {name: step for name, step in every.items() if step is not None}
+
+
+async def confirm(teller: Teller) -> None:
+    await identity.confirm(teller, identity.fresh("id", "name", {"A": "1"}))  # type: ignore[arg-type]
+
+
+async def test_a_full_report_passes() -> None:
+    teller = Teller(steps())
+    await confirm(teller)
+    assert teller.given["timeout_s"] == identity.IDENTITY_TIMEOUT_S
+    assert (teller.given["hostname"], teller.given["env"]) == ("name", {"A": "1"})
+    assert abs(teller.given["unix_ns"]) > 1_600_000_000 * 10**9
+
+
+@pytest.mark.parametrize("name", sorted(identity.REQUIRED_STEPS))
+@pytest.mark.parametrize("missing", [True, False], ids=["missing", "refused"])
+async def test_a_step_that_was_not_done_fails_it_by_name(name: str, missing: bool) -> None:
+    step = None if missing else IdentityStep(ok=False, detail="no call for that")
+    with pytest.raises(GuestError, match=name) as refused:
+        await confirm(Teller(steps(**{name: step})))
+    assert refused.value.fields["detail"] == (None if missing else "no call for that")
+
+
+async def test_a_step_of_a_newer_guest_does_no_harm() -> None:
+    await confirm(Teller(steps(colour=IdentityStep(ok=False, detail=""))))
+
+
+def test_no_two_sandboxes_share_anything_secret() -> None:
+    made = [identity.fresh("id", "name", {}) for _ in range(50)]
+    for field in ("token", "machine_id", "entropy"):
+        assert len({getattr(one, field) for one in made}) == 50
+    assert {len(one.entropy) for one in made} == {64}
+    assert identity.fresh("id", "name", {}, token="kept").token == "kept"

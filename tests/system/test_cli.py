@@ -1,0 +1,117 @@
+"""The `pandastack` command against a real server: what a terminal and a script see."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import MakeSandbox
+from .servers import Server
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def cli(server: Server, tmp_path: Path) -> Run:
+    """Runs `pandastack ...` with the configuration that `pandastack up` wrote for its user."""
+
+    def run(*words: str, stdin: str = "", timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        environ = {name: value for name, value in server.environ.items() if name not in ("PANDASTACK_API", "PANDASTACK_API_KEY")}
+        command = [sys.executable, "-m", "pandastack.cli", *words]
+        return subprocess.run(command, env=environ, input=stdin, capture_output=True, text=True, timeout=timeout, check=False, cwd=tmp_path)
+
+    return run
+
+
+def test_run_takes_code_from_words_files_and_standard_input(cli: Run, tmp_path: Path) -> None:
+    done = cli("run", "-", stdin="import numpy; print('sum', numpy.arange(4).sum())")
+    assert (done.stdout, done.stderr, done.returncode) == ("sum 6\n", "", 0)
+    (tmp_path / "script.sh").write_text("echo from $0; echo oops >&2; exit 9")
+    done = cli("run", str(tmp_path / "script.sh"))
+    assert (done.returncode, done.stderr) == (9, "oops\n")
+    done = cli("run", "--json", "print('hello')")
+    assert json.loads(done.stdout)["stdout"] == "hello\n"
+    assert cli("run", "raise SystemExit(3)").returncode == 3
+    assert cli("run", "--timeout", "1", "import time; time.sleep(100)").returncode == 124
+    assert json.loads(cli("sandbox", "list", "--json").stdout) == []
+
+
+def test_exit_codes_say_what_happened(cli: Run, make: MakeSandbox) -> None:
+    sandbox = make()
+    assert cli("sandbox", "exec", sandbox.id, "--", "exit 42").returncode == 42
+    assert cli("sandbox", "exec", sandbox.id, "--", "kill -9 $$").returncode == 137
+    assert cli("sandbox", "exec", sandbox.id, "--timeout", "1", "--", "sleep 100").returncode == 124
+    assert cli("sandbox", "exec", sandbox.id, "-i", "--", "cat", stdin="typed").stdout == "typed"
+    missing = cli("sandbox", "get", "00000000-0000-4000-8000-000000000000")
+    assert missing.returncode == 1
+    assert "Traceback" not in missing.stderr
+    assert cli("sandbox", "create", "--no-such-option").returncode == 2
+
+
+def test_json_is_json_everywhere(cli: Run) -> None:
+    made = json.loads(cli("sandbox", "create", "-t", "base", "--ttl", "600", "-m", "story=cli", "--json").stdout)
+    try:
+        process = json.loads(cli("process", "start", made["id"], "--json", "--", "echo out").stdout)
+        for line in (
+            "sandbox list",
+            "sandbox list -m story=cli",
+            f"sandbox get {made['id']}",
+            f"sandbox lifecycle {made['id']}",
+            f"sandbox metrics {made['id']}",
+            f"process list {made['id']}",
+            f"fs ls {made['id']} /etc",
+            f"fs stat {made['id']} /etc/passwd",
+            "template list",
+            "token list",
+            "me",
+        ):
+            done = cli(*line.split(), "--json")
+            assert done.returncode == 0, (line, done.stderr)
+            json.loads(done.stdout)
+        assert process["id"] in cli("process", "list", made["id"]).stdout
+        assert cli("process", "logs", "-f", made["id"], process["id"]).stdout == "out\n"
+    finally:
+        assert cli("sandbox", "rm", made["id"]).returncode == 0
+    assert cli("sandbox", "rm", made["id"]).returncode == 1
+
+
+def test_files_go_up_and_come_down(cli: Run, make: MakeSandbox, tmp_path: Path) -> None:
+    sandbox = make()
+    content = os.urandom(3 << 20)
+    (tmp_path / "up").write_bytes(content)
+    assert cli("fs", "upload", sandbox.id, "up", "/var/folder/file").returncode == 0
+    assert cli("fs", "download", sandbox.id, "/var/folder/file", "down").returncode == 0
+    assert (tmp_path / "down").read_bytes() == content
+    assert cli("fs", "write", sandbox.id, "/var/text", stdin="text\n").returncode == 0
+    assert cli("fs", "read", sandbox.id, "/var/text").stdout == "text\n"
+    assert cli("fs", "read", sandbox.id, "/var/missing").returncode == 1
+
+
+def test_doctor_finds_a_runtime_that_works(cli: Run) -> None:
+    done = cli("doctor", "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert report["auto"] == "gvisor"
+    assert report["auto_reason"]
+    assert {"cgroups", "disks", "runsc"} <= {check["name"] for check in report["checks"]}
+    assert [runtime["name"] for runtime in report["runtimes"] if runtime["works"]] == ["gvisor"]
+
+
+def test_bench_compares_with_the_bare_tool(cli: Run, tmp_path: Path) -> None:
+    done = cli("bench", "exec", "-n", "3", "--json", "rows.json", timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = rows if isinstance(rows, list) else rows["rows"]
+    wanted = {"benchmark", "case", "runtime", "n", "p50_ms", "p95_ms", "p99_ms", "bare_p50_ms", "ratio_p50"}
+    timed = next(row for row in rows if row["case"] == "/bin/true")
+    assert wanted <= timed.keys()
+    assert (timed["benchmark"], timed["runtime"], timed["n"]) == ("exec", "gvisor", 3)
+    assert 0 < timed["p50_ms"] <= timed["p95_ms"] <= timed["p99_ms"]
+    assert timed["ratio_p50"] == pytest.approx(timed["p50_ms"] / timed["bare_p50_ms"], abs=0.01)
+    assert next(row["value"] for row in rows if row["case"] == "200 in parallel: errors") == 0
