@@ -207,8 +207,7 @@ def test_without_a_mirror_the_setting_is_named(tmp_path: Path) -> None:
 def test_only_how_to_reach_the_network_is_taken_from_the_host(tmp_path: Path) -> None:
     (tmp_path / "pip.conf").write_text("[global]\nindex-url = https://index.example/simple\nfind-links = /opt/wheels\n")
     dump = (
-        'Acquire::http::Proxy "http://proxy.example:3128";\n'
-        'Acquire::Check-Valid-Until "false";\nAcquire::AllowInsecureRepositories "1";\n'
+        'Acquire::http::Proxy "http://proxy.example:3128";\nAcquire::Check-Valid-Until "false";\nAcquire::AllowInsecureRepositories "1";\n'
     )
     environ = {"PIP_FIND_LINKS": "/opt/wheels", "PIP_TIMEOUT": "9", "HTTPS_PROXY": "http://p.example", "AWS_SECRET": "x"}
     settings = mirrors.host_settings(dump, environ, home=tmp_path, etc=tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -51,10 +52,15 @@ async def test_idle_counts_from_the_end_of_the_last_request(host: HostService) -
     during = await host.get(request.id)
     assert (during.busy, during.idle_s, during.idle_reason) == (True, 0.0, "a request is under way")
     await running
-    await asyncio.sleep(0.05)
+    ended = time.monotonic()
+    sandbox = host.sandboxes.get(request.id)
+    await until(lambda: not sandbox.busy)
     after = await host.get(request.id)
-    assert (after.busy, after.idle_reason) == (False, "no request and no process")
-    assert 0.01 < after.idle_s < 5
+    # Not idle before somebody looked: the command may have left work behind.
+    assert (after.idle_s, after.idle_reason) == (0.0, "no request and no process")
+    await until(lambda: sandbox.looked)
+    after = await host.get(request.id)
+    assert abs(after.idle_s - (time.monotonic() - ended)) < 0.5
 
 
 async def test_work_without_a_request_is_busy_until_it_ends(host: HostService) -> None:

@@ -253,5 +253,6 @@ func receive(stream *session.Stream, file *os.File) (int64, error) {
 			return 0, err
 		}
 		total += int64(len(chunk))
+		frames.Recycle(chunk)
 	}
 }

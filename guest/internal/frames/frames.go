@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"sync"
 )
 
 const (
@@ -82,6 +83,25 @@ func Encode(frame Frame, tag uint32) []byte {
 	return Put(buffer, frame.Kind, frame.Flags, frame.Stream, len(frame.Payload), tag)
 }
 
+// A bulk upload would otherwise make garbage as fast as it comes, and spend most of its time collecting it.
+const pooledSize = MaxPayload + TrailerSize
+
+var pool = sync.Pool{New: func() any { return make([]byte, pooledSize) }}
+
+func take(length int) []byte {
+	if length <= pooledSize/8 {
+		return make([]byte, length)
+	}
+	return pool.Get().([]byte)[:length]
+}
+
+// Recycle gives back a payload that nobody refers to any more. Doing so is optional.
+func Recycle(payload []byte) {
+	if cap(payload) == pooledSize {
+		pool.Put(payload[:pooledSize])
+	}
+}
+
 // Reader cuts a byte stream into frames. It is used by one goroutine.
 type Reader struct {
 	source *bufio.Reader
@@ -126,7 +146,7 @@ func (r *Reader) read(tag uint32, limit uint32) (Frame, error) {
 	if frame.Kind < Hello || frame.Kind > Event || r.header[2] != 0 || r.header[3] != 0 || length > limit {
 		return Frame{}, ErrViolation
 	}
-	body := make([]byte, length+TrailerSize)
+	body := take(int(length) + TrailerSize)
 	if _, err := io.ReadFull(r.source, body); err != nil {
 		return Frame{}, err
 	}
@@ -134,7 +154,7 @@ func (r *Reader) read(tag uint32, limit uint32) (Frame, error) {
 	if tag != 0 && got != tag || got == 0 {
 		return Frame{}, ErrViolation
 	}
-	frame.Payload = body[:length:length]
+	frame.Payload = body[:length]
 	if tag == 0 {
 		// Only a HELLO comes without a known tag; it names its own, which the caller compares.
 		frame.Payload = body

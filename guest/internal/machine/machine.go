@@ -17,6 +17,7 @@ import (
 // Processes is what this package needs to know of them.
 type Processes interface {
 	Counts() (live, baked int)
+	Strays() int
 	SetEnvironment(environment map[string]string)
 }
 
@@ -117,6 +118,9 @@ type health struct {
 
 func (m *Machine) callHealth(stream *session.Stream, _ []byte) error {
 	live, baked := m.Processes.Counts()
+	if live == 0 {
+		live = m.Processes.Strays()
+	}
 	m.mutex.Lock()
 	answer := health{Version: frames.Version, Build: m.Build, UptimeMS: time.Since(m.started).Milliseconds(),
 		Sealed: m.sealed, Live: live, Baked: baked}

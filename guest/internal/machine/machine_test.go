@@ -22,6 +22,7 @@ func TestParsePort(t *testing.T) {
 type none struct{}
 
 func (none) Counts() (int, int)               { return 0, 0 }
+func (none) Strays() int                      { return 0 }
 func (none) SetEnvironment(map[string]string) {}
 
 func TestSealedAdmitsOnlyTheMachine(t *testing.T) {

@@ -28,6 +28,12 @@ func newChildren() *children {
 	return children
 }
 
+func (c *children) has(pid int) bool {
+	c.mutex.Lock()
+	defer c.mutex.Unlock()
+	return c.byPID[pid] != nil
+}
+
 // reap waits for every child, ours and orphans, in one place. It looks first without taking (WNOWAIT): once a zombie is
 // taken its pid may be given to another process, so that happens under the mutex.
 func (c *children) reap() {

@@ -157,8 +157,8 @@ func (p *Process) wake() {
 	p.mutex.Unlock()
 }
 
-// settle decides whether what the main process wrote has been read; the mutex is held. The pipe holds at most 64 KiB of
-// it at the exit (and one chunk may be in the pump's hands), so a grandchild that never stops writing cannot delay END.
+// settle decides whether what the main process wrote has been read; the mutex is held. The pipe holds at most 512 KiB
+// of it at the exit (and one chunk may be in the pump's hands), so a grandchild that never stops writing cannot delay END.
 func (p *Process) settle() {
 	if p.exit == nil || p.settled() {
 		return

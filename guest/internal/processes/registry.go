@@ -5,6 +5,7 @@ package processes
 import (
 	"crypto/rand"
 	"encoding/hex"
+	"os"
 	"regexp"
 	"slices"
 	"sync"
@@ -17,6 +18,7 @@ import (
 
 const (
 	maxProcesses   = 4096
+	maxIDLength    = 64
 	keptFinished   = 64
 	keptMemory     = 16 << 20
 	keptFiles      = 256 << 20
@@ -57,6 +59,39 @@ func (r *Registry) Counts() (live, baked int) {
 	r.mutex.Lock()
 	defer r.mutex.Unlock()
 	return r.live, r.baked
+}
+
+// Strays counts running processes that no command of the host stands for any more, such as a daemon that one left
+// behind. It reads all of /proc, so it is for moments when nothing else runs.
+func (r *Registry) Strays() int {
+	self := os.Getpid()
+	baked := map[int]bool{}
+	r.mutex.Lock()
+	for _, process := range r.order {
+		if process.Baked {
+			baked[process.pid] = true
+		}
+	}
+	r.mutex.Unlock()
+	entries := scan()
+	parents := make(map[int]int, len(entries))
+	for _, entry := range entries {
+		parents[entry.pid] = entry.parent
+	}
+	count := 0
+	for _, entry := range entries {
+		if entry.zombie || entry.pid == self {
+			continue
+		}
+		// Ours are all below us, because orphans come to us; those below a baked process belong to it.
+		for pid, depth := entry.pid, 0; pid > 0 && depth < len(entries) && !baked[pid]; depth++ {
+			if pid = parents[pid]; pid == self {
+				count++
+				break
+			}
+		}
+	}
+	return count
 }
 
 // SetEnvironment replaces what identity gives to all later processes.

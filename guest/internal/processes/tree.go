@@ -52,6 +52,16 @@ func scan() []processEntry {
 	return entries
 }
 
+// runs says whether a process exists and has not ended.
+func runs(pid int) bool {
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return false
+	}
+	fields := bytes.Fields(text[bytes.LastIndexByte(text, ')')+1:])
+	return len(fields) > 0 && fields[0][0] != 'Z'
+}
+
 // members returns the living processes of a tree. `reaped` says that the leader's pid is no longer its own: while its
 // session has members the kernel does not give the number away, so if somebody has that pid, the session is another's.
 func members(id string, leader int, reaped bool, entries []processEntry) []int {

@@ -18,8 +18,10 @@ import (
 const (
 	warmDirectory = "/run/pandastack" // 0700: whoever may connect may run code as any user.
 	warmSocket    = "PANDASTACK_WARM_SOCKET"
+	warmMark      = "PANDASTACK_WARM_MARK" // Room in /proc/PID/environ, where a fork writes the marker of its run.
 	warmPython    = "pandastack:python"
 	warmPatience  = 10 * time.Second
+	lostPoll      = 100 * time.Millisecond
 	maxReady      = 10 * time.Minute
 	maxReadyText  = 64 << 10
 )
@@ -57,6 +59,7 @@ func (r *Registry) bake(argv []string, env map[string]string, patience time.Dura
 		spec.Env[name] = value
 	}
 	spec.Env[warmSocket] = socket
+	spec.Env[warmMark] = strings.Repeat("-", len(marker)+1+maxIDLength)
 	process, err := r.start(spec)
 	if err == nil {
 		err = process.awaitReady(patience, cancel)
@@ -68,6 +71,10 @@ func (r *Registry) bake(argv []string, env map[string]string, patience time.Dura
 		_ = os.RemoveAll(directory)
 		return nil, err
 	}
+	go func() {
+		process.awaitExit()
+		_ = os.RemoveAll(directory)
+	}()
 	if _, err := os.Stat(socket); err == nil && python {
 		environment := r.environment(spec, User{}, process.ID)
 		program, _ := findProgram("python3", environment["PATH"], "/")
@@ -119,6 +126,14 @@ func (p *Process) awaitReady(patience time.Duration, cancel <-chan struct{}) err
 			return faults.New("aborted", "the host hung up")
 		default:
 		}
+		p.changed.Wait()
+	}
+}
+
+func (p *Process) awaitExit() {
+	p.mutex.Lock()
+	defer p.mutex.Unlock()
+	for p.exit == nil {
 		p.changed.Wait()
 	}
 }
@@ -242,7 +257,13 @@ func (r *Registry) awaitFork(connection *net.UnixConn, answers *bufio.Reader, pi
 	_ = connection.SetDeadline(time.Time{})
 	var answer warmAnswer
 	if err := readAnswer(answers, &answer); err != nil || answer.Status == nil {
-		return
+		// The interpreter died, and the reaper will report its forks; or it lives and has lost this one, whose end is then
+		// only seen by its absence.
+		for r.children.has(pid) && runs(pid) {
+			time.Sleep(lostPoll)
+		}
+		lost := int(syscall.SIGKILL)
+		answer.Status = &lost
 	}
 	r.children.mutex.Lock()
 	defer r.children.mutex.Unlock()

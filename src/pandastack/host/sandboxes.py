@@ -60,7 +60,9 @@ class Sandbox:
         self.status: MachineStatus = "failed" if entry.state == "failed" else "starting"
         self.guest: Guest | None = None
         self.requests = 0
-        self.working = False  # User processes run inside.
+        self.working = False  # Commands run inside.
+        self.strays = False  # Processes run inside that commands left behind; only looking tells.
+        self.looked = False  # Since the last sign of life; before, nobody knows whether it is idle.
         self.frozen = False
         self.last_busy = time.monotonic()
         self.lock = asyncio.Lock()  # Guards freeze, thaw and reconnect.
@@ -75,10 +77,11 @@ class Sandbox:
 
     @property
     def busy(self) -> bool:
-        return self.status == "running" and (self.requests > 0 or self.working)
+        return self.status == "running" and (self.requests > 0 or self.working or self.strays)
 
     def touch(self) -> None:
         self.last_busy = time.monotonic()
+        self.looked = False
 
     def activity(self, live: int) -> None:
         """The guest says how many user processes run."""
@@ -86,8 +89,14 @@ class Sandbox:
         self.touch()
 
     def view(self, runtime: str, isolation: str) -> HostSandbox:
-        idle_s = 0.0 if self.busy else round(time.monotonic() - self.last_busy, 3)
-        reason = "a request is under way" if self.requests else "processes run inside" if self.working else "no request and no process"
+        idle_s = 0.0 if self.busy or not self.looked else round(time.monotonic() - self.last_busy, 3)
+        reason = (
+            "a request is under way"
+            if self.requests
+            else "processes run inside"
+            if self.working or self.strays
+            else "no request and no process"
+        )
         entry = self.entry
         return HostSandbox(
             id=self.id,
@@ -384,7 +393,7 @@ class Sandboxes:
         while True:
             await asyncio.sleep(FREEZE_AFTER_S / 2)
             # Side by side: one guest that does not answer must not keep the others warm.
-            await asyncio.gather(*(self._try_to_freeze(sandbox) for sandbox in self.list() if self._may_freeze(sandbox)))
+            await asyncio.gather(*(self._try_to_freeze(sandbox) for sandbox in self.list() if self._may_look(sandbox)))
 
     async def _try_to_freeze(self, sandbox: Sandbox) -> None:
         try:
@@ -400,20 +409,23 @@ class Sandboxes:
         except PandastackError as error:
             log.warning("idle sandbox could not be frozen", sandbox_id=sandbox.id, error=error.message)
 
-    def _may_freeze(self, sandbox: Sandbox) -> bool:
-        idle_s = time.monotonic() - sandbox.last_busy
-        return sandbox.status == "running" and not sandbox.frozen and not sandbox.busy and idle_s >= FREEZE_AFTER_S
+    def _may_look(self, sandbox: Sandbox) -> bool:
+        """Whether nothing is known to happen in there, for long enough to ask whether that is true."""
+        quiet = not (sandbox.frozen or sandbox.requests or sandbox.working)
+        return sandbox.status == "running" and quiet and time.monotonic() - sandbox.last_busy >= FREEZE_AFTER_S
 
     async def _freeze(self, sandbox: Sandbox) -> None:
         async with sandbox.lock:
-            if not self._may_freeze(sandbox) or sandbox.machine is None or sandbox.guest is None or sandbox.guest.closed:
+            if not self._may_look(sandbox) or sandbox.machine is None or sandbox.guest is None or sandbox.guest.closed:
                 return
             health = await sandbox.guest.health(timeout_s=HEALTH_TIMEOUT_S)
             sandbox.silences = 0
-            if health.live:
-                # Processes that nobody started through us, such as a daemon left behind, are work too.
-                sandbox.activity(health.live)
-            elif self._may_freeze(sandbox):
+            # A daemon that a command left behind is work too; it ends without telling, so it is looked for again and again.
+            sandbox.strays = health.live > 0
+            if sandbox.strays:
+                sandbox.touch()
+            elif self._may_look(sandbox):
+                sandbox.looked = True
                 # Said first: a request that comes while it is being frozen must wait here for its turn and thaw.
                 sandbox.frozen = True
                 await sandbox.machine.freeze()

@@ -18,7 +18,7 @@ from pandastack.wire.guest import Channel, Frame, GuestFault, Kind
 if TYPE_CHECKING:
     from pandastack.host.guest.connection import GuestConnection
 
-CHUNK_BYTES = 64 << 10
+CHUNK_BYTES = 256 << 10
 _MERGE_BYTES = 4 << 10
 _MAX_CREDIT_BYTES = 16 * wire.WINDOW_BYTES
 
