@@ -82,6 +82,12 @@ func handleSignals() {
 	if os.Getpid() == 1 {
 		numbers = append(numbers, syscall.SIGTERM, syscall.SIGINT)
 	}
+	// Whoever started the daemon may ignore some itself, as a shell does for what it puts in the background.
+	for number := syscall.Signal(1); number < 32; number++ {
+		if signal.Ignored(number) {
+			numbers = append(numbers, number)
+		}
+	}
 	signal.Notify(dropped, numbers...)
 	go func() {
 		for range dropped {
