@@ -15,7 +15,7 @@ import (
 var ErrAborted = errors.New("stream aborted")
 
 // Chunk is the most payload one DATA frame of ours carries.
-const Chunk = 64 << 10
+const Chunk = 240 << 10
 
 // Stream is one call. A handler runs in its own goroutine and may use it from several.
 type Stream struct {
