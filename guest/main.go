@@ -11,8 +11,11 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"pandastack/guest/internal/files"
 	"pandastack/guest/internal/machine"
@@ -89,6 +92,7 @@ func handleSignals() {
 		}
 	}
 	signal.Notify(dropped, numbers...)
+	resetIgnored()
 	go func() {
 		for range dropped {
 		}
@@ -111,5 +115,19 @@ func accept(listener net.Listener, server *session.Server) {
 			_ = connection.SetReadDeadline(time.Now().Add(helloTimeout))
 			_ = server.Serve(connection, connection, false, func() { _ = connection.SetReadDeadline(time.Time{}) })
 		}()
+	}
+}
+
+// resetIgnored gives the default back to ignored signals that Go does not let anybody catch, such as those of job control.
+func resetIgnored() {
+	status, _ := os.ReadFile("/proc/self/status")
+	_, rest, _ := strings.Cut(string(status), "\nSigIgn:")
+	line, _, _ := strings.Cut(rest, "\n")
+	mask, _ := strconv.ParseUint(strings.TrimSpace(line), 16, 64)
+	var byDefault [4]uint64 // struct sigaction of the kernel: all zero is SIG_DFL
+	for number := uintptr(1); number < 32; number++ {
+		if mask&(1<<(number-1)) != 0 {
+			_, _, _ = syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, number, uintptr(unsafe.Pointer(&byDefault)), 0, 8, 0, 0)
+		}
 	}
 }

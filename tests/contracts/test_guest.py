@@ -98,6 +98,8 @@ def running(binary: Path, kind: str, tmp_path: Path) -> Iterator[Daemon]:
         script = 'for f in hostname hosts machine-id; do cp /etc/$f "$0/$f" 2>/dev/null || : > "$0/$f"; '
         script += 'touch /etc/$f; mount --bind "$0/$f" /etc/$f; done; exec setpriv --bounding-set=-sys_time "$@"'
         command = ["unshare", "-p", "-f", "-m", "-u", "--mount-proc", "--kill-child", "sh", "-c", script, str(tmp_path), *command]
+    folders = Path("/run/pandastack")
+    before = set(folders.glob("warm-*"))
     ours, theirs = socket.socketpair()
     with ours, theirs:
         process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(), start_new_session=True)
@@ -107,6 +109,9 @@ def running(binary: Path, kind: str, tmp_path: Path) -> Iterator[Daemon]:
         finally:
             process.kill()
             process.wait(timeout=10)
+            # In a sandbox they end with it; a daemon that is killed leaves the folder of its interpreter behind.
+            for folder in set(folders.glob("warm-*")) - before:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["process", "pid1"])

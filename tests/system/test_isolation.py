@@ -169,11 +169,12 @@ def test_signals_to_the_first_process_do_not_break_the_sandbox_silently(any_make
         assert sandbox.status_reason
 
 
+@pytest.mark.timeout(300)
 def test_stopping_the_first_process_does_not_break_the_sandbox_silently(make: MakeSandbox) -> None:
     sandbox = make()
     with contextlib.suppress(errors.PandastackError):
         sandbox.exec("kill -STOP 1", timeout_seconds=1)
-    until(lambda: sandbox.refresh().status == "failed", "the sandbox says that it failed", timeout_s=90)
+    until(lambda: sandbox.refresh().status == "failed", "the sandbox says that it failed", timeout_s=200)
     assert sandbox.status_reason == "guest"
 
 

@@ -318,6 +318,9 @@ func (r *Registry) launch(process *Process, spec *Spec, user User, io *stdio) er
 	if spec.PTY != nil {
 		attributes.Setctty = true
 	}
+	if process.Baked {
+		attributes.Pdeathsig = syscall.SIGKILL // It serves the daemon and is of no use without it.
+	}
 	if user.UID != 0 || user.GID != 0 || syscall.Getuid() == 0 {
 		attributes.Credential = &syscall.Credential{Uid: user.UID, Gid: user.GID, Groups: user.Groups,
 			NoSetGroups: syscall.Getuid() != 0}

@@ -46,6 +46,7 @@ log = structlog.get_logger(__name__)
 
 TEMPLATE_PATIENCE_S = 20.0
 FREEZE_AFTER_S = 2.0
+LOOK_AT_WORK_S = 15.0
 HEALTH_TIMEOUT_S = 15.0
 SILENCES_FORGIVEN = 1  # A machine may be so busy that a daemon is late once.
 _EVENTS_KEPT = 10_000
@@ -62,6 +63,7 @@ class Sandbox:
         self.requests = 0
         self.working = False  # Commands run inside.
         self.strays = False  # Processes run inside that commands left behind; only looking tells.
+        self.heard = time.monotonic()  # When the guest last gave a sign of life.
         self.looked = False  # Since the last sign of life; before, nobody knows whether it is idle.
         self.frozen = False
         self.last_busy = time.monotonic()
@@ -80,7 +82,7 @@ class Sandbox:
         return self.status == "running" and (self.requests > 0 or self.working or self.strays)
 
     def touch(self) -> None:
-        self.last_busy = time.monotonic()
+        self.last_busy = self.heard = time.monotonic()
         self.looked = False
 
     def activity(self, live: int) -> None:
@@ -410,16 +412,24 @@ class Sandboxes:
             log.warning("idle sandbox could not be frozen", sandbox_id=sandbox.id, error=error.message)
 
     def _may_look(self, sandbox: Sandbox) -> bool:
-        """Whether nothing is known to happen in there, for long enough to ask whether that is true."""
-        quiet = not (sandbox.frozen or sandbox.requests or sandbox.working)
-        return sandbox.status == "running" and quiet and time.monotonic() - sandbox.last_busy >= FREEZE_AFTER_S
+        """Whether nothing is known to happen in there, for long enough to ask whether that is true.
+
+        Work is looked at too, now and then: the guest that reported it may have been stopped by it.
+        """
+        silent_s = time.monotonic() - max(sandbox.last_busy, sandbox.heard if sandbox.working else 0.0)
+        patience_s = LOOK_AT_WORK_S if sandbox.working else FREEZE_AFTER_S
+        return sandbox.status == "running" and not sandbox.frozen and not sandbox.requests and silent_s >= patience_s
 
     async def _freeze(self, sandbox: Sandbox) -> None:
         async with sandbox.lock:
             if not self._may_look(sandbox) or sandbox.machine is None or sandbox.guest is None or sandbox.guest.closed:
                 return
             health = await sandbox.guest.health(timeout_s=HEALTH_TIMEOUT_S)
-            sandbox.silences = 0
+            sandbox.silences, sandbox.heard = 0, time.monotonic()
+            if sandbox.working:
+                if not health.live:
+                    sandbox.activity(0)  # Its own word of that was lost.
+                return
             # A daemon that a command left behind is work too; it ends without telling, so it is looked for again and again.
             sandbox.strays = health.live > 0
             if sandbox.strays:
