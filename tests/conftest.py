@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -11,6 +12,13 @@ import pytest
 
 from hosts import World
 from pandastack.host.app import HostService
+
+
+def pytest_configure() -> None:
+    """Whoever starts the tests may ignore signals, as a shell does for what it puts in the background; programs would inherit that."""
+    for number in signal.valid_signals():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

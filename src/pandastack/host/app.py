@@ -312,13 +312,6 @@ def _leave(run_dir: Path, views: ReadOnly, keeper: Keeper) -> None:
             directory.rmdir()
 
 
-def _remove_empty(run: Path) -> None:
-    """Not empty as long as sandboxes run on, or until the keeper has ended, which then removes the rest."""
-    for folder in (run / "gv", run):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
 async def choose_runtime(
     settings: HostSettings, install: str, guest: Path, keeper: Keeper, say: Callable[[str], None]
 ) -> tuple[Runtime, Probe]:
