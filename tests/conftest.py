@@ -15,8 +15,11 @@ from pandastack.host.app import HostService
 
 
 def pytest_configure() -> None:
-    """Whoever starts the tests may ignore signals, as a shell does for what it puts in the background; programs would inherit that."""
-    for number in signal.valid_signals():
+    """Whoever starts the tests may ignore signals, as a shell does for what it puts in the background; programs would inherit that.
+
+    Two are ignored by Python itself, which gives the default back to what it starts.
+    """
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
 
