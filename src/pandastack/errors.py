@@ -4,6 +4,7 @@
     ├── AuthError                     401  no key, or a key that is not valid
     ├── NotFoundError                 404
     │   ├── SandboxNotFound                another tenant's sandbox looks exactly like an unknown one
+    │   ├── SnapshotNotFound
     │   ├── TemplateNotFound
     │   ├── ProcessNotFound
     │   ├── TokenNotFound
@@ -14,6 +15,7 @@
     │   ├── Conflict                  409
     │   │   ├── IdempotencyConflict        the key was used with another body
     │   │   ├── SandboxNotRunning          paused, failed, or going away; `status` says which
+    │   │   ├── SnapshotUnusable           damaged, unfinished, or of another runtime; `reason` says which
     │   │   └── FileConflict               exists, not empty, a directory where a file is needed
     │   ├── TooLarge                  413
     │   ├── QuotaExceeded             403
@@ -107,6 +109,10 @@ class SandboxNotFound(NotFoundError):
     code = "sandbox_not_found"
 
 
+class SnapshotNotFound(NotFoundError):
+    code = "snapshot_not_found"
+
+
 class TemplateNotFound(NotFoundError):
     code = "template_not_found"
 
@@ -152,6 +158,12 @@ class SandboxNotRunning(Conflict):
     """`sandbox_status` and `status_reason` say what it is instead."""
 
     code = "sandbox_not_running"
+
+
+class SnapshotUnusable(Conflict):
+    """`reason` is `missing`, `truncated`, `damaged`, `foreign`, `runtime`, `unfinished` or `failed`."""
+
+    code = "snapshot_unusable"
 
 
 class FileConflict(Conflict):

@@ -3,8 +3,9 @@
 On one machine the implementation is `pandastack.host.app.HostService`, in the same process; on a fleet it will be a
 client on the bus. `FakeHost` (control/fake_host.py) is the third. `tests/contracts/test_host.py` holds them to this text.
 
-Every method may raise `SandboxNotFound` where it takes a sandbox id, `SandboxNotRunning` where it needs it running, and a
-`GuestError` where it asks the daemon inside. Iterators are async generators: close them (`contextlib.aclosing`) and
+Every method may raise `SandboxNotFound` where it takes a sandbox id, `SandboxNotRunning` where it needs one that can be used,
+and a `GuestError` where it asks the daemon inside. What needs the daemon resumes a paused sandbox and wakes a hibernated one
+first, once for all who ask (CapacityError where it does not fit); `get`, `list` and `metrics` wake nothing. Iterators are async generators: close them (`contextlib.aclosing`) and
 the work they stand for is given up, except that a started process goes on until it ends or is signalled.
 Paths are bytes, absolute, and are resolved only inside the sandbox.
 """
@@ -22,13 +23,15 @@ from pandastack.wire.files import ChangeMode, FileEntry, FileEvent
 from pandastack.wire.host import (
     HostCreate,
     HostEvent,
+    HostFork,
     HostInfo,
     HostSandbox,
+    HostSnapshot,
     Output,
     OutputSlice,
     ProcessExit,
 )
-from pandastack.wire.ids import HostId, ProcessId, SandboxId
+from pandastack.wire.ids import HostId, ProcessId, SandboxId, SnapshotId
 from pandastack.wire.processes import ExecRequest, ProcessStart, ProcessView, PtySize, SignalRequest
 from pandastack.wire.sandboxes import SandboxMetrics
 from pandastack.wire.templates import BakeProgress
@@ -82,7 +85,7 @@ class Host(Protocol):
         """Make a running sandbox whose guest has confirmed its identity. All or nothing.
 
         Raises CapacityError, TemplateNotReady, DiskFull or HostUnfit when nothing was created and it is worth (or
-        not worth) trying again, TemplateNotFound, RuntimeFailed after the undo.
+        not worth) trying again, TemplateNotFound, SnapshotNotFound, SnapshotUnusable, RuntimeFailed after the undo.
         """
         ...
 
@@ -95,6 +98,52 @@ class Host(Protocol):
         ...
 
     async def metrics(self, sandbox_id: SandboxId) -> SandboxMetrics: ...
+
+    # State
+
+    async def pause(self, sandbox_id: SandboxId) -> HostSandbox:
+        """Use no CPU until `resume`, and stay in memory. Idempotent; a hibernated sandbox stays as it is."""
+        ...
+
+    async def resume(self, sandbox_id: SandboxId) -> HostSandbox:
+        """Idempotent. Wakes a hibernated sandbox."""
+        ...
+
+    async def hibernate(self, sandbox_id: SandboxId, *, reason: str, idle_for_s: float | None = None) -> HostSandbox:
+        """Save memory, processes and disk durably, then give back memory and CPU. Idempotent.
+
+        With `idle_for_s` it raises Conflict unless the sandbox has been idle for longer. When it fails the sandbox goes on
+        and nothing is lost: DiskFull, GuestError (its hook refused, or its processes could not be stopped), RuntimeFailed.
+        """
+        ...
+
+    async def wake(self, sandbox_id: SandboxId) -> HostSandbox:
+        """Bring a hibernated sandbox back, once for all who ask at the same time. Idempotent; resumes a paused one.
+
+        Raises CapacityError, SnapshotUnusable, RuntimeFailed; what was saved stays then.
+        """
+        ...
+
+    async def fork(self, request: HostFork) -> builtins.list[HostSandbox]:
+        """Running clones of a live sandbox, in order, each with an identity of its own. All or none; the parent goes on.
+
+        Raises as `hibernate` before there is a child, and as `create` after every child is gone again.
+        """
+        ...
+
+    async def snapshot(self, sandbox_id: SandboxId, snapshot_id: SnapshotId) -> HostSnapshot:
+        """Save a sandbox durably; it goes on. Repeating it answers the snapshot there is. Raises as `hibernate`."""
+        ...
+
+    async def verify_snapshot(self, snapshot_id: SnapshotId) -> None:
+        """Prove it by a restore that nobody sees. Raises SnapshotNotFound, SnapshotUnusable, or CapacityError (ask again)."""
+        ...
+
+    async def list_snapshots(self) -> builtins.list[HostSnapshot]: ...
+
+    async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
+        """Idempotent: an unknown id is success. Sandboxes made from it are not touched."""
+        ...
 
     # Processes
 

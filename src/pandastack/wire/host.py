@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from pandastack.wire.ids import HostId, SandboxId
+from pandastack.wire.ids import HostId, SandboxId, SnapshotId
 from pandastack.wire.templates import TemplateView
 
-MachineStatus = Literal["starting", "running", "failed"]
+MachineStatus = Literal["starting", "running", "paused", "hibernated", "failed"]
 
 
 class Record(BaseModel):
@@ -20,7 +20,10 @@ class Record(BaseModel):
 
 
 class HostCreate(Record):
-    """Make sandbox `id`. Repeating it while it exists answers the existing one. Sizes are MiB."""
+    """Make sandbox `id`, of a template or as the continuation of `snapshot`. Repeating it while it exists answers the existing one.
+
+    Sizes are MiB. With a snapshot, limits left out are the snapshot's, and `env` goes over its environment.
+    """
 
     id: SandboxId
     template: str
@@ -29,12 +32,43 @@ class HostCreate(Record):
     cpu: float | None = None
     memory_mb: int | None = None
     disk_mb: int | None = None
+    snapshot: SnapshotId | None = None
+
+
+class HostChild(Record):
+    """One child of a fork: its id was made at the top, everything else comes from the parent."""
+
+    id: SandboxId
+    hostname: str
+
+
+class HostFork(Record):
+    """Clone the live sandbox `parent` into `children`, all or none. Repeating it while they exist answers them."""
+
+    parent: SandboxId
+    children: list[HostChild]
+
+
+class HostSnapshot(Record):
+    """A durable snapshot as its host knows it. Sizes are MiB, `size_bytes` is what it takes on disk."""
+
+    id: SnapshotId
+    sandbox_id: SandboxId
+    template: str
+    template_actual: str
+    runtime: str
+    cpu: float
+    memory_mb: int
+    disk_mb: int
+    size_bytes: int
+    created_us: int
 
 
 class HostSandbox(Record):
     """A sandbox as its host knows it. `busy` is true while user processes run or requests are in flight.
 
-    `idle_s` is 0 while busy, else the seconds since it last was; `idle_reason` puts that in words.
+    `idle_s` is 0 while busy, else the seconds since it last was; `idle_reason` puts that in words. `stored_bytes` is what a
+    hibernated one takes on disk.
     """
 
     id: SandboxId
@@ -53,6 +87,7 @@ class HostSandbox(Record):
     busy: bool = False
     idle_s: float = 0.0
     idle_reason: str | None = None
+    stored_bytes: int = 0
 
 
 class HostCapacity(Record):
@@ -94,10 +129,10 @@ class HostInfo(Record):
 
 
 class HostEvent(Record):
-    """Something that control must know though it did not ask for it: a sandbox failed, was found again, is gone."""
+    """Something that control must know though it did not ask for it: a sandbox failed, was found again, is gone, changed its status."""
 
     seq: int
-    kind: Literal["failed", "adopted", "gone"]
+    kind: Literal["failed", "adopted", "gone", "running", "paused", "hibernated"]
     sandbox_id: SandboxId
     reason: str | None = None
 

@@ -12,6 +12,7 @@ HostId = NewType("HostId", str)
 TenantId = NewType("TenantId", str)
 TokenId = NewType("TokenId", str)
 ProcessId = NewType("ProcessId", str)
+SnapshotId = NewType("SnapshotId", str)
 
 UUID_PATTERN = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 PROCESS_ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,63}$"
@@ -21,6 +22,11 @@ _UUID = re.compile(UUID_PATTERN)
 def new_sandbox_id() -> SandboxId:
     """A lower-case UUID with 122 random bits."""
     return SandboxId(str(uuid.uuid4()))
+
+
+def new_snapshot_id() -> SnapshotId:
+    """As a sandbox's id."""
+    return SnapshotId(str(uuid.uuid4()))
 
 
 def new_process_id() -> ProcessId:

@@ -1,7 +1,8 @@
 """Sandboxes as the public API shows them. `openapi/public.json` is generated from these shapes.
 
-A sandbox is `creating` -> `running` -> gone. It becomes `failed` when it can not be used any more; `status_reason`
-says why: `oom` (its memory limit), `disk` , `exited`, `host_restarted`, `guest` (its daemon broke the protocol), `error`.
+A sandbox is `creating` -> `running` -> gone. In between it may be `paused` (in memory, without CPU) or `hibernated` (on disk
+only); `status_reason` then says who asked: `request`, `idle`, `shutdown`. It becomes `failed` when it can not be used any
+more: `oom` (its memory limit), `exited`, `host_restarted`, `guest` (its daemon broke the protocol), `error`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-SandboxStatus = Literal["creating", "running", "failed", "deleting"]
+SandboxStatus = Literal["creating", "running", "paused", "hibernated", "failed", "deleting"]
 
 MAX_TTL_SECONDS = 30 * 24 * 3600
 MAX_METADATA_KEYS = 64
@@ -51,7 +52,7 @@ class SandboxCreate(Shape):
     cpu: Annotated[float, Field(gt=0, le=1024)] | None = None
     memory_mb: Annotated[int, Field(ge=64, le=1 << 22)] | None = None
     disk_mb: Annotated[int, Field(ge=64, le=1 << 26)] | None = None
-    from_snapshot: str | None = None
+    from_snapshot: Annotated[str, StringConstraints(max_length=64)] | None = None
     volumes: Annotated[list[VolumeMount], Field(max_length=16)] = []
 
 
@@ -80,6 +81,8 @@ class SandboxView(View):
     runtime: str | None = None
     isolation: str | None = None
     host_id: str | None = None
+    fork_parent_id: str | None = None
+    fork_tree_id: str | None = None
     from_snapshot: str | None = None
     guest_ip: str | None = None
     host_tap: str = ""
@@ -97,18 +100,22 @@ class SandboxPage(View):
 class Lifecycle(View):
     """`idle_seconds` counts from the last request or the end of the last work inside; `idle_reason` says which.
 
-    `ttl_seconds` 0 means no expiry. A persistent sandbox is never deleted for being idle.
+    After `ttl_seconds` (0: never) of that a persistent sandbox is hibernated and any other deleted, but not before
+    `keep_awake_until` (RFC 3339).
     """
 
     ttl_seconds: int
     persistent: bool
     idle_seconds: int
     idle_reason: str | None = None
+    status: str | None = None
+    keep_awake_until: str | None = None
 
 
 class LifecyclePatch(Shape):
     ttl_seconds: Annotated[int, Field(ge=0, le=MAX_TTL_SECONDS)] | None = None
     persistent: bool | None = None
+    keep_awake_seconds: Annotated[int, Field(ge=0, le=MAX_TTL_SECONDS)] | None = None
 
 
 class SandboxMetrics(View):

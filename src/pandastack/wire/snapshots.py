@@ -1,0 +1,94 @@
+"""Snapshots, forks and what becomes of them, as the public API shows them.
+
+A snapshot is `capturing` -> `durable` -> `verified`. Only a durable one is listed: its bytes and their digests are on disk.
+`verified` means that a restore of it was tried and worked; one that did not restore is `failed`, and `status_reason` says why.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pandastack.wire.sandboxes import MAX_METADATA_KEYS, MetadataKey, MetadataValue, SandboxView, Shape, View
+
+SnapshotStatus = Literal["capturing", "durable", "verified", "failed"]
+
+MAX_FORKS = 16
+
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA_KEYS)]
+
+
+class SnapshotView(View):
+    """A snapshot. `size_bytes` is what it takes on disk; `mem_path` and `state_path` are kept, empty, for existing clients."""
+
+    id: str
+    sandbox_id: str
+    workspace: str = ""
+    template: str = ""
+    template_actual: str | None = None
+    status: str = "durable"
+    status_reason: str | None = None
+    size_bytes: int = 0
+    created_at: str | int | None = None
+    cpu: float | int | None = None
+    memory_mb: int | None = None
+    disk_mb: int | None = None
+    runtime: str | None = None
+    mem_path: str = ""
+    state_path: str = ""
+
+
+class SnapshotList(View):
+    """Newest first."""
+
+    snapshots: list[SnapshotView]
+
+
+class ForkRequest(Shape):
+    """Body of `POST .../fork`. Every child gets `metadata` over its parent's; `mode` is accepted and means nothing."""
+
+    metadata: Metadata = {}
+    count: Annotated[int, Field(ge=1, le=MAX_FORKS)] = 1
+    mode: str | None = None
+
+
+class ForkTreeRequest(Shape):
+    """Body of `POST .../fork-tree`."""
+
+    metadata: Metadata = {}
+    count: Annotated[int, Field(ge=1, le=MAX_FORKS)] = 2
+
+
+class Forked(View):
+    """The children of one capture, in order; `sandbox` is the first. `errors` is always empty: forks are all or none."""
+
+    tree_id: str
+    parent_id: str
+    snapshot_id: str
+    sandbox: SandboxView
+    children: list[SandboxView]
+    at: str
+    errors: list[dict[str, str | int]] = []
+
+
+class PromoteRequest(Shape):
+    """Body of `POST .../promote`. `tree_id` is taken from the sandbox where it is left out."""
+
+    cleanup_siblings: bool = False
+    tree_id: Annotated[str, Field(max_length=64)] | None = None
+
+
+class Promoted(View):
+    """`failures` maps the ids of siblings that could not be deleted to why."""
+
+    winner: str
+    tree_id: str | None
+    deleted: list[str]
+    failures: dict[str, str]
+
+
+class StateView(View):
+    """The answer of hibernate and wake."""
+
+    status: str
