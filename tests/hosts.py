@@ -22,14 +22,19 @@ from pandastack.errors import DiskFull, TemplateNotFound
 from pandastack.host.admission import Admission, Totals
 from pandastack.host.app import HostService
 from pandastack.host.bakery import Bakery
+from pandastack.host.forks import Forks
 from pandastack.host.guest import GuestConnection
 from pandastack.host.ledger import Entry, Ledger
 from pandastack.host.machines import Machines
+from pandastack.host.recovery import recover
+from pandastack.host.registry import Registry
 from pandastack.host.runtimes.base import Probe
 from pandastack.host.runtimes.fake import FakeRuntime, Hang
 from pandastack.host.sandboxes import Sandboxes
+from pandastack.host.states import States
 from pandastack.host.storage.images import Image, Progress
 from pandastack.host.storage.recipes import Recipe
+from pandastack.host.storage.snapshots import Snapshots
 from pandastack.wire.host import HostCreate, Output, ProcessExit
 from pandastack.wire.ids import HostId, SandboxId, new_process_id, new_sandbox_id
 from pandastack.wire.processes import ExecRequest
@@ -83,10 +88,10 @@ class SteppingLedger(Ledger):
         super().__init__(root)
         self._runtime = runtime
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: Entry, *, durable: bool = False) -> None:
         if error := self._runtime.guest_fault("ledger.write"):
             raise error
-        super().write(entry)
+        super().write(entry, durable=durable)
 
     def remove(self, sandbox_id: SandboxId) -> None:
         if error := self._runtime.guest_fault("ledger.remove"):
@@ -168,13 +173,17 @@ class World:
         bakery = Bakery(images, machines, root=self.root / "states", runtime_key="fake", guest_digest="g")
         admission = Admission(self.totals, free_disk_mib=lambda: 100_000, free_memory_mib=lambda: 100_000)
         ledger = SteppingLedger(self.root / "ledger", self.runtime)
-        sandboxes = Sandboxes(ledger, bakery, machines, admission, slots=self.slots)
-        return HostService(HostId("host"), sandboxes, bakery, admission, self.runtime, Probe(works=True, version="1"), self.slots)
+        registry = Registry(ledger, machines, admission)
+        states = States(registry, Snapshots(self.root / "snapshots", low_water_mib=0), runtime_key="fake")
+        forks = Forks(states, self.root / "captures")
+        forks.open()
+        sandboxes = Sandboxes(registry, states, bakery, slots=self.slots)
+        return HostService(HostId("host"), sandboxes, forks, bakery, Probe(works=True, version="1"))
 
     async def start(self) -> tuple[HostService, list[asyncio.Task[None]]]:
         """A host as `app.opened` starts it, with its background tasks."""
         host = self.build()
-        await host.sandboxes.recover()
+        await recover(host.sandboxes.registry, host.sandboxes.states.snapshots)
         tasks = [asyncio.create_task(host.sandboxes.slots.run()), asyncio.create_task(host.sandboxes.freeze_idle())]
         if not self.baked:
             async with closing(host.bake("base")) as said:
@@ -197,7 +206,7 @@ class World:
 
     def left(self) -> dict[str, list[str]]:
         """What sandboxes hold now; all empty when there are none."""
-        folders = {name: self.root / name for name in ("disks", "machines", "ledger")}
+        folders = {name: self.root / name for name in ("disks", "machines", "ledger", "captures")}
         found = {name: sorted(path.name for path in folder.iterdir()) if folder.exists() else [] for name, folder in folders.items()}
         return {kind: names for kind, names in ({"runtime": sorted(self.runtime.machines)} | found).items() if names}
 

@@ -27,7 +27,7 @@ from pandastack.errors import (
     SandboxNotRunning,
     TemplateNotFound,
 )
-from pandastack.host import identity, machines, sandboxes
+from pandastack.host import identity, machines, registry, sandboxes
 from pandastack.host.app import HostService
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -57,13 +57,13 @@ CASES = [(step, error, expected) for step, ways in FAILURES.items() for error, e
 
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (machines, sandboxes):
+    for module in (machines, registry):
         monkeypatch.setattr(module, "CONNECT_TIMEOUT_S", 0.3)
     monkeypatch.setattr(identity, "IDENTITY_TIMEOUT_S", 0.3)
 
 
 def reserved(host: HostService) -> int:
-    return host._admission.capacity().sandboxes
+    return host._registry.admission.capacity().sandboxes
 
 
 async def test_every_step_has_a_case(world: World, host: HostService) -> None:
@@ -248,7 +248,7 @@ class TestPool:
             await host.create(wanted())
             await until(lambda: host.sandboxes.slots.ready == 1)
             yield host
-        await until(lambda: "disks" not in world.left() or len(world.left()["disks"]) <= len(host.sandboxes.list()))
+        await until(lambda: "disks" not in world.left() or len(world.left()["disks"]) <= len(host.sandboxes.registry.list()))
 
     async def test_a_create_takes_a_slot(self, world: World, pooled: HostService) -> None:
         world.runtime.steps.clear()
@@ -272,10 +272,10 @@ class TestPool:
 
     async def test_two_failures_in_a_row_fail_the_create(self, world: World, pooled: HostService) -> None:
         world.runtime.fail("identity", times=2)
-        before = len(pooled.sandboxes.list())
+        before = len(pooled.sandboxes.registry.list())
         with pytest.raises(GuestError):
             await pooled.create(wanted())
-        assert len(pooled.sandboxes.list()) == before
+        assert len(pooled.sandboxes.registry.list()) == before
 
     async def test_other_limits_do_not_take_a_slot(self, world: World, pooled: HostService) -> None:
         assert (await pooled.create(wanted(memory_mb=333))).boot_mode == "restore"
@@ -321,8 +321,7 @@ class TestUse:
         assert ended.value.fields["status_reason"] == reason
         state = await host.get(request.id)
         assert (state.status, state.status_reason) == ("failed", reason)
-        await until(lambda: list(world.left()) == ["ledger"])
-        assert reserved(host) == 0
+        await until(lambda: list(world.left()) == ["ledger"] and reserved(host) == 0)
         assert [(event.kind, event.reason) for event in await host.events(0, timeout_s=0)] == [("failed", reason)]
         await host.delete(request.id)
         assert world.left() == {}
@@ -333,8 +332,8 @@ class TestUse:
         (machine,) = world.runtime.machines.values()
         world.runtime.fail("ledger.write", disk_full())
         machine.end("oom")
-        await until(lambda: list(world.left()) == ["ledger"])
-        assert ((await host.get(request.id)).status, reserved(host)) == ("failed", 0)
+        await until(lambda: list(world.left()) == ["ledger"] and reserved(host) == 0)
+        assert (await host.get(request.id)).status == "failed"
 
     async def test_a_request_that_meets_a_freeze_is_answered(
         self, world: World, host: HostService, monkeypatch: pytest.MonkeyPatch
@@ -343,7 +342,7 @@ class TestUse:
         request = wanted()
         await host.create(request)
         hang = world.runtime.hang("freeze")
-        freezing = asyncio.create_task(host.sandboxes._freeze(host.sandboxes.get(request.id)))
+        freezing = asyncio.create_task(host.sandboxes._freeze(host.sandboxes.registry.get(request.id)))
         await reached(hang)
         running = asyncio.create_task(run(host, request.id, "echo hi"))
         await asyncio.sleep(0.01)
@@ -390,14 +389,14 @@ class TestUse:
             world.runtime.fail("machine.health", GuestProtocolError())
             request = wanted()
             await host.create(request)
-            await until(lambda: host.sandboxes.get(request.id).status == "failed")
+            await until(lambda: host.sandboxes.registry.get(request.id).status == "failed")
             assert (await host.get(request.id)).status_reason == "guest"
 
     async def test_a_machine_that_ended_while_frozen_says_so(self, world: World, host: HostService) -> None:
         request = wanted()
         await host.create(request)
         (machine,) = world.runtime.machines.values()
-        host.sandboxes.get(request.id).frozen = True
+        host.sandboxes.registry.get(request.id).frozen = True
         machine.end("oom")
         with pytest.raises(SandboxNotRunning) as ended:
             await run(host, request.id, "true")
@@ -408,7 +407,7 @@ class TestUse:
         await host.create(request)
         (machine,) = world.runtime.machines.values()
         await machine.freeze()
-        host.sandboxes.get(request.id).frozen = True
+        host.sandboxes.registry.get(request.id).frozen = True
         world.runtime.fail("thaw")
         with pytest.raises(RuntimeFailed):
             await run(host, request.id, "true")
@@ -417,7 +416,7 @@ class TestUse:
     async def test_a_lost_session_is_opened_again(self, world: World, host: HostService) -> None:
         request = wanted()
         await host.create(request)
-        guest = host.sandboxes.get(request.id).guest
+        guest = host.sandboxes.registry.get(request.id).guest
         assert guest is not None
         await guest.close()
         assert await run(host, request.id, "echo hi") == (b"hi\n", 0)

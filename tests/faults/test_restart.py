@@ -20,7 +20,7 @@ import pytest
 from hosts import Life, World, run, until, wanted
 from pandastack.control.hosts import closing
 from pandastack.errors import GuestProtocolError, GuestTimeout, RuntimeFailed, SandboxNotRunning
-from pandastack.host import sandboxes
+from pandastack.host import registry, sandboxes
 from pandastack.host.keeper import Keeper
 from pandastack.wire.host import Output
 from pandastack.wire.ids import ProcessId
@@ -60,7 +60,7 @@ def test_a_create_cut_off_in_any_step_is_cleared(world: World, born: list[Life],
     assert second.run(run(second.host, kept.id, "echo hi")) == (b"hi\n", 0)
     events = second.run(second.host.events(0, timeout_s=0))
     assert sorted((event.kind, event.sandbox_id) for event in events) == sorted([("adopted", kept.id), ("gone", lost.id)])
-    assert second.host._admission.capacity().sandboxes == 1
+    assert second.host._registry.admission.capacity().sandboxes == 1
     # The same id can be made again.
     assert second.run(second.host.create(lost)).status == "running"
 
@@ -198,17 +198,17 @@ def test_a_failed_sandbox_keeps_its_reason(world: World, born: list[Life]) -> No
     life.run(life.host.create(request))
     (machine,) = world.runtime.machines.values()
     machine.end("oom")
-    life.run(until(lambda: life.host.sandboxes.get(request.id).status == "failed"))
+    life.run(until(lambda: life.host.sandboxes.registry.get(request.id).status == "failed"))
     life.kill()
     again = begin(world, born)
     state = again.run(again.host.get(request.id))
     assert (state.status, state.status_reason) == ("failed", "oom")
-    assert again.host._admission.capacity().sandboxes == 0
+    assert again.host._registry.admission.capacity().sandboxes == 0
 
 
 @pytest.mark.parametrize("step", ["adopt", "connect", "hello", "machine.health"])
 def test_one_that_cannot_be_taken_over_costs_no_other(world: World, born: list[Life], step: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandboxes, "CONNECT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(registry, "CONNECT_TIMEOUT_S", 0.3)
     life = begin(world, born)
     one, other = wanted(), wanted()
     life.run(life.host.create(one))

@@ -28,7 +28,7 @@ class Kitchen:
         host = self.world.build()
         self.images: OneImage = host._bakery._images  # type: ignore[assignment]
         keys = {"runtime_key": "r", "guest_digest": "g"} | key
-        self.bakery = Bakery(host._bakery._images, host.sandboxes._machines, root=self.world.root / "states", **keys)
+        self.bakery = Bakery(host._bakery._images, host.sandboxes.registry.machines, root=self.world.root / "states", **keys)
         return self.bakery
 
     def states(self) -> list[str]:

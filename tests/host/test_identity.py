@@ -60,4 +60,4 @@ def test_no_two_sandboxes_share_anything_secret() -> None:
     for field in ("token", "machine_id", "entropy"):
         assert len({getattr(one, field) for one in made}) == 50
     assert {len(one.entropy) for one in made} == {64}
-    assert identity.fresh("id", "name", {}, token="kept").token == "kept"
+    assert identity.fresh("id", "name", {}, machine_id="kept").machine_id == "kept"

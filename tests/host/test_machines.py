@@ -21,7 +21,7 @@ LIMITS = Limits(cpu=1, memory_mib=128, disk_mib=256)
 
 @pytest.fixture
 def machines(host: HostService) -> Machines:
-    return host.sandboxes._machines
+    return host.sandboxes.registry.machines
 
 
 @pytest.fixture

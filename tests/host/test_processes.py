@@ -136,7 +136,7 @@ async def test_what_a_background_job_writes_later_is_kept(host: HostService, box
 
 
 async def test_a_follower_that_leaves_early_frees_its_stream(host: HostService, box: SandboxId) -> None:
-    guest = host.sandboxes.get(box).guest
+    guest = host.sandboxes.registry.get(box).guest
     assert guest is not None
     for _ in range(20):
         async with closing(host.run(box, ExecRequest(cmd="yes | head -c 9000000"), new_process_id())) as items:

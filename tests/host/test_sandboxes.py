@@ -39,7 +39,7 @@ async def test_env_of_the_request_wins_over_the_template(host: HostService) -> N
 async def test_each_sandbox_has_a_token_of_its_own(world: World, host: HostService) -> None:
     await host.create(wanted())
     await host.create(wanted())
-    tokens = [sandbox.entry.token for sandbox in host.sandboxes.list()]
+    tokens = [sandbox.entry.token for sandbox in host.sandboxes.registry.list()]
     assert len(set(tokens)) == 2
     assert all(len(token) == 64 for token in tokens)
 
@@ -53,7 +53,7 @@ async def test_idle_counts_from_the_end_of_the_last_request(host: HostService) -
     assert (during.busy, during.idle_s, during.idle_reason) == (True, 0.0, "a request is under way")
     await running
     ended = time.monotonic()
-    sandbox = host.sandboxes.get(request.id)
+    sandbox = host.sandboxes.registry.get(request.id)
     await until(lambda: not sandbox.busy)
     after = await host.get(request.id)
     # Not idle before somebody looked: the command may have left work behind.
@@ -67,7 +67,7 @@ async def test_work_without_a_request_is_busy_until_it_ends(host: HostService) -
     request = wanted()
     await host.create(request)
     await host.start_process(request.id, ProcessStart(cmd="sleep 100", id="p"))
-    sandbox = host.sandboxes.get(request.id)
+    sandbox = host.sandboxes.registry.get(request.id)
     await until(lambda: sandbox.busy)
     assert (await host.get(request.id)).idle_reason == "processes run inside"
     await host.signal_process(request.id, ProcessId("p"), SignalRequest(signal="KILL"))
@@ -89,10 +89,10 @@ async def test_events_are_numbered_and_waited_for(world: World, host: HostServic
         await host.create(request)
     waiting = asyncio.create_task(host.events(0, timeout_s=10))
     await asyncio.sleep(0.01)
-    world.runtime.machines[MachineId(host.sandboxes.get(requests[0].id).entry.machine)].end("oom")
+    world.runtime.machines[MachineId(host.sandboxes.registry.get(requests[0].id).entry.machine)].end("oom")
     (first,) = await waiting
     assert (first.seq, first.kind, first.sandbox_id, first.reason) == (1, "failed", requests[0].id, "oom")
-    world.runtime.machines[MachineId(host.sandboxes.get(requests[1].id).entry.machine)].end("exited")
+    world.runtime.machines[MachineId(host.sandboxes.registry.get(requests[1].id).entry.machine)].end("exited")
     (second,) = await host.events(first.seq, timeout_s=10)
     assert (second.seq, second.reason) == (2, "exited")
     assert await host.events(second.seq, timeout_s=0.01) == []
@@ -103,7 +103,7 @@ async def test_a_failed_sandbox_explains_itself_to_every_call(world: World, host
     await host.create(request)
     (machine,) = world.runtime.machines.values()
     machine.end("oom")
-    await until(lambda: host.sandboxes.get(request.id).status == "failed")
+    await until(lambda: host.sandboxes.registry.get(request.id).status == "failed")
     for call in (host.metrics(request.id), host.stat_file(request.id, b"/"), run(host, request.id, "true")):
         with pytest.raises(SandboxNotRunning, match="memory") as refused:
             await call

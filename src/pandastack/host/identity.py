@@ -31,12 +31,13 @@ class Identity:
     env: dict[str, str]
 
 
-def fresh(sandbox_id: str, hostname: str, env: dict[str, str], *, token: str | None = None) -> Identity:
+def fresh(sandbox_id: str, hostname: str, env: dict[str, str], *, machine_id: str | None = None) -> Identity:
+    """A new identity; a sandbox that is woken keeps the `machine_id` it had."""
     return Identity(
         sandbox_id=sandbox_id,
         hostname=hostname,
-        token=token or secrets.token_hex(32),
-        machine_id=secrets.token_hex(16),
+        token=secrets.token_hex(32),
+        machine_id=machine_id or secrets.token_hex(16),
         entropy=os.urandom(64),
         env=env,
     )

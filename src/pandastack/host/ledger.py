@@ -1,8 +1,9 @@
 """What this host has promised, on disk before the first side effect, so that a restart can adopt or clear.
 
 One JSON file per sandbox under `<data>/ledger`. Entries are written with a rename but not synced: they must survive the
-death of this process, not of the machine, because no running sandbox survives that either. States:
-`creating` -> `running` -> (file removed); `failed` keeps the reason until the sandbox is deleted.
+death of this process, not of the machine, because no running sandbox survives that either. A hibernated one does, so its
+entry is written `durable`. States: `creating` -> `running` <-> `hibernated` -> (file removed); `failed` keeps the reason until
+the sandbox is deleted.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ log = structlog.get_logger(__name__)
 
 
 class Entry(BaseModel):
-    """A sandbox as this host remembers it. `token` opens the guest's loopback listener after a restart."""
+    """A sandbox as this host remembers it. `token` opens the guest's loopback listener after a restart.
+
+    `env` is what its processes get, `guest` the folder of the daemon that runs in it, `snapshot` the saved state of a hibernated
+    one. `machine_id` and hostname stay the same for life.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     request: HostCreate
-    state: Literal["creating", "running", "failed"]
+    state: Literal["creating", "running", "hibernated", "failed"]
     machine: str = ""
     runtime: str = ""
     template_actual: str = ""
@@ -38,6 +43,11 @@ class Entry(BaseModel):
     memory_mb: int = 0
     disk_mb: int = 0
     token: str = ""
+    env: dict[str, str] = {}
+    guest: str = ""
+    machine_id: str = ""
+    paused: bool = False
+    snapshot: str = ""
     boot_mode: str = ""
     boot_ms: int = 0
     reason: str | None = None
@@ -64,13 +74,17 @@ class Ledger:
             path.unlink(missing_ok=True)
         return entries
 
-    def write(self, entry: Entry) -> None:
+    def write(self, entry: Entry, *, durable: bool = False) -> None:
         """Begin or change an entry; atomic. Raises DiskFull where the folder takes nothing more."""
         path = self._path(entry.request.id)
         temporary = path.with_suffix(".tmp")
         try:
             temporary.write_bytes(entry.model_dump_json().encode())
+            if durable:
+                _sync(temporary)
             temporary.replace(path)
+            if durable:
+                _sync(self._root)
         except OSError as error:
             raise DiskFull(
                 "this host cannot write to its data directory", hint="free space on its file system", detail=str(error)
@@ -83,3 +97,11 @@ class Ledger:
         # The id was checked to be a UUID at the edge; a second look costs nothing and this is a path.
         name = os.path.basename(sandbox_id)  # noqa: PTH119
         return self._root / f"{name}.json"
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -13,7 +13,7 @@ import errno
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pandastack.errors import DiskFull, PandastackError, RuntimeFailed
@@ -21,7 +21,7 @@ from pandastack.host.guest import Guest
 from pandastack.host.runtimes.base import Limits, Machine, MachineId, MachineSpec, Runtime
 from pandastack.host.storage.disks import Disks
 
-RESTORE_TIMEOUT_S = 60.0
+RESTORE_TIMEOUT_S = 300.0  # A large state on a slow disk takes minutes.
 CONNECT_TIMEOUT_S = 10.0
 
 
@@ -40,11 +40,14 @@ def _typed(message: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SlotKey:
-    """What must be equal for two ready machines to be interchangeable."""
+    """What must be equal for two ready machines to be interchangeable. `guest` is the folder of the daemon in the snapshot,
+    where that is not the current one.
+    """
 
     rootfs: Path
     limits: Limits
     snapshot: Path
+    guest: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,17 @@ class Machines:
         self.runtime = runtime
         self._disks = disks
         self._state = state
-        self._guest = guest
+        self.guest = guest
         self._shared = shared
 
-    def _spec(self, machine: MachineId, rootfs: Path, limits: Limits, disk: Path) -> MachineSpec:
+    def _spec(self, machine: MachineId, rootfs: Path, limits: Limits, disk: Path, guest: Path | None = None) -> MachineSpec:
         # The runtime makes mount points that an image lacks, but not in a read-only view; this one no distribution has.
         with contextlib.suppress(OSError):
             (rootfs / ".pandastack").mkdir(mode=0o755, exist_ok=True)
         return MachineSpec(
             id=machine,
             rootfs=self._shared(rootfs),
-            guest=self._shared(self._guest),
+            guest=self._shared(guest or self.guest),
             disk=disk,
             state=self._state / machine,
             limits=limits,
@@ -85,7 +88,7 @@ class Machines:
         """The machine of an earlier life of this daemon, if it still runs."""
         return await self.runtime.adopt(self._spec(machine, rootfs, limits, self._disks.path(machine)))
 
-    async def prepare(self, rootfs: Path, limits: Limits) -> Machine:
+    async def prepare(self, rootfs: Path, limits: Limits, guest: Path | None = None) -> Machine:
         """A machine that can be started or restored. All or nothing. Raises DiskFull, HostUnfit, RuntimeFailed."""
         machine_id = MachineId("m" + secrets.token_hex(8))
         state = self._state / machine_id
@@ -97,18 +100,25 @@ class Machines:
             undo.push_async_callback(self._disks.delete, machine_id)
             with _typed("a sandbox could not be prepared"):
                 disk = await self._disks.create(machine_id, limits.disk_mib)
-                machine = await self.runtime.prepare(self._spec(machine_id, rootfs, limits, disk))
+                machine = await self.runtime.prepare(self._spec(machine_id, rootfs, limits, disk, guest))
             undo.pop_all()
             return machine
 
-    async def restored(self, key: SlotKey) -> Ready:
-        """A ready machine. All or nothing. Raises also GuestError where the guest does not answer."""
-        machine = await self.prepare(key.rootfs, key.limits)
+    async def restored(self, key: SlotKey, *, quiet: bool = True) -> Ready:
+        """A ready machine. All or nothing. Raises also GuestError where the guest does not answer. `quiet` as in `continued`."""
+        return await self.continued(await self.prepare(key.rootfs, key.limits, key.guest), key.snapshot, quiet=quiet)
+
+    async def continued(self, machine: Machine, snapshot: Path, *, quiet: bool = False) -> Ready:
+        """A prepared machine brought to a saved state; when that fails the machine is gone.
+
+        `quiet`: nobody was speaking with the guest when it was saved, so that the session need not look for its beginning.
+        """
         try:
             async with asyncio.timeout(RESTORE_TIMEOUT_S):
                 with _typed("a sandbox could not be restored"):
-                    await machine.restore(key.snapshot)
-                guest = await Guest.open(await machine.connect(), timeout_s=CONNECT_TIMEOUT_S)
+                    await machine.restore(snapshot)
+                channel = await machine.connect()
+                guest = await Guest.open(channel if quiet else replace(channel, fresh=False), timeout_s=CONNECT_TIMEOUT_S)
                 return Ready(machine, guest)
         except BaseException as error:
             await self.discard(machine)

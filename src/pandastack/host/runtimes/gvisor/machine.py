@@ -146,7 +146,13 @@ class GvisorMachine:
         return Channel(read_fd=os.dup(stdout.fileno()), write_fd=os.dup(stdin.fileno()), fresh=fresh)
 
     async def snapshot(self, into: Path, *, resume: bool) -> None:
-        await asyncio.to_thread(self._control.checkpoint, into, resume=resume)
+        # To its end, also when this is cancelled: whoever cleans up must not meet a sandbox that is still being read.
+        task = asyncio.ensure_future(asyncio.to_thread(self._control.checkpoint, into, resume=resume))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait([task])
+            raise
 
     async def freeze(self) -> None:
         await asyncio.to_thread(self._freeze, True)

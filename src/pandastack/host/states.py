@@ -1,0 +1,347 @@
+"""What becomes of a sandbox's state: pause, hibernate, wake, snapshot. The order of steps, and their undo.
+
+    running <-> paused          in memory, no CPU
+    running  -> hibernated      still -> saved -> durable -> remembered -> machine given back
+    hibernated -> running       reserved -> checked -> restored -> identity -> remembered -> saved state given back
+
+A sandbox that is being saved is *still*: its processes are stopped and its daemon is sealed, so what is saved is one instant, and
+a copy of it runs no instruction before it has an identity of its own. Whatever fails, either what was saved or what runs is
+whole, and the ledger says which. Part of the conductor; `forks` is built on it. Each verb runs once for all who ask for it at
+the same time, and to its end even if they leave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from pandastack.errors import Conflict, DiskFull, PandastackError, SnapshotUnusable
+from pandastack.host import identity
+from pandastack.host.guest import Guest
+from pandastack.host.ledger import Entry
+from pandastack.host.machines import Ready, SlotKey
+from pandastack.host.registry import Registry
+from pandastack.host.runtimes.base import Limits, Machine
+from pandastack.host.sandbox import Sandbox, not_running
+from pandastack.host.storage.snapshots import Origin, Saved, Snapshots
+from pandastack.wire.host import HostSnapshot
+from pandastack.wire.ids import SandboxId, SnapshotId, new_snapshot_id
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+
+class States:
+    """The verbs that change the state of a sandbox. `runtime_key` says which saved states can be restored here."""
+
+    def __init__(self, registry: Registry, snapshots: Snapshots, *, runtime_key: str) -> None:
+        self.registry = registry
+        self.snapshots = snapshots
+        self._runtime_key = runtime_key
+        self._jobs: dict[tuple[str, str], asyncio.Task[Any]] = {}
+
+    # Jobs
+
+    async def once(self, verb: str, name: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run `work`, or join the run of it that is under way. It is finished also when nobody waits any more."""
+        task = self._jobs.get((verb, name))
+        if task is None:
+            task = self._jobs[verb, name] = asyncio.create_task(work(), name=f"{verb} {name}")
+            task.add_done_callback(lambda _: self._jobs.pop((verb, name), None))
+            task.add_done_callback(_seen)
+        return await asyncio.shield(task)
+
+    async def abandon(self, name: str) -> None:
+        """Undo what is under way for a sandbox that is to be deleted."""
+        tasks = [task for (_verb, of), task in self._jobs.items() if of == name]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close(self, patience_s: float) -> None:
+        """Let what is under way finish, for so long; undo the rest."""
+        tasks = list(self._jobs.values())
+        if tasks:
+            await asyncio.wait(tasks, timeout=patience_s)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # Pause
+
+    async def pause(self, sandbox: Sandbox) -> None:
+        await self.once("pause", sandbox.id, lambda: self._pause(sandbox))
+
+    async def _pause(self, sandbox: Sandbox) -> None:
+        async with sandbox.lock:
+            if sandbox.status in ("paused", "hibernated"):
+                return
+            machine, _ = await self.registry.reach(sandbox)
+            before = sandbox.entry.model_copy()
+            sandbox.entry.paused, sandbox.entry.reason = True, "request"
+            try:
+                self.registry.ledger.write(sandbox.entry)
+                # Said first: a request that comes while it is being frozen must wait here for its turn and resume it.
+                sandbox.status, sandbox.frozen = "paused", True
+                await machine.freeze()
+            except BaseException:
+                self._running_again(sandbox, before)
+                raise
+            self.registry.tell("paused", sandbox.id, "request")
+
+    async def wake(self, sandbox: Sandbox) -> None:
+        """Make it run, whether it was paused or hibernated. Raises SandboxNotRunning where it never will again."""
+        await self.once("wake", sandbox.id, lambda: self._wake(sandbox))
+
+    async def _wake(self, sandbox: Sandbox) -> None:
+        async with sandbox.lock:
+            if sandbox.status == "paused":
+                await self._resume(sandbox)
+            elif sandbox.status == "hibernated":
+                await self._restore(sandbox)
+            elif sandbox.status != "running":
+                raise not_running(sandbox, sandbox.entry.reason)
+
+    async def _resume(self, sandbox: Sandbox) -> None:
+        await self.registry.reach(sandbox)
+        before = sandbox.entry.model_copy()
+        before.paused, before.reason = False, None
+        self._running_again(sandbox, before)
+        sandbox.touch()
+        self.registry.tell("running", sandbox.id)
+        try:
+            self.registry.ledger.write(sandbox.entry)
+        except DiskFull as error:
+            # Only a restart of this process would make it paused again, and the next request resume it.
+            log.warning("that a sandbox was resumed could not be kept", sandbox_id=sandbox.id, error=error.message)
+
+    def _running_again(self, sandbox: Sandbox, entry: Entry) -> None:
+        sandbox.entry = entry
+        if sandbox.status == "paused":
+            sandbox.status = "running"
+
+    # Being saved
+
+    @contextlib.asynccontextmanager
+    async def still(self, sandbox: Sandbox, reason: str) -> AsyncIterator[Machine]:
+        """The machine of a sandbox in memory, at one instant: no process inside moves. Afterwards it goes on as it was.
+
+        The caller holds the lock. Raises GuestError (HookFailed) where it cannot be brought to stand still; then it goes on too.
+        """
+        machine, guest = await self.registry.reach(sandbox)
+        usage = await machine.usage()
+        self.snapshots.require_space(usage.memory_bytes)
+        sandbox.held = True
+        try:
+            await guest.seal(freeze=True, reason=reason)
+            try:
+                yield machine
+            finally:
+                if sandbox.status in ("running", "paused"):
+                    await asyncio.shield(asyncio.ensure_future(self._go_on(sandbox, machine, guest)))
+        finally:
+            sandbox.held = False
+
+    async def _go_on(self, sandbox: Sandbox, machine: Machine, guest: Guest) -> None:
+        try:
+            await guest.unseal()
+            if sandbox.status == "paused":
+                sandbox.frozen = True
+                await machine.freeze()
+        except PandastackError as error:
+            # One whose processes stay stopped must not look as if it worked. If the machine is over, its watch knows why.
+            log.error("sandbox could not go on after it was saved", sandbox_id=sandbox.id, error=error.message)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await sandbox.over.wait()
+            await self.registry.fail(sandbox, "guest")
+
+    def origin(self, sandbox: Sandbox) -> Origin:
+        entry = sandbox.entry
+        return Origin(
+            sandbox_id=sandbox.id,
+            template=entry.request.template,
+            template_actual=entry.template_actual,
+            template_note=entry.template_note,
+            runtime=entry.runtime,
+            runtime_key=self._runtime_key,
+            guest=entry.guest,
+            rootfs=entry.rootfs,
+            cpu=entry.cpu,
+            memory_mb=entry.memory_mb,
+            disk_mb=entry.disk_mb,
+            env=entry.env,
+        )
+
+    def key(self, saved: Saved, limits: Limits | None = None) -> SlotKey:
+        """What restores a saved state. Raises SnapshotUnusable where this host, as it is now, cannot."""
+        origin = saved.manifest.origin
+        rootfs, guest = Path(origin.rootfs), self.registry.machines.guest.parent / origin.guest
+        if origin.runtime_key != self._runtime_key:
+            raise SnapshotUnusable(
+                "the saved state was made by another version of the runtime, or on another kind of processor",
+                hint=f"run the {origin.runtime} that made it (PANDASTACK_RUNSC)",
+                reason="runtime",
+            )
+        for path, what in ((rootfs, "image"), (guest, "guest daemon")):
+            if not path.is_dir():
+                raise SnapshotUnusable(
+                    f"the {what} that the saved state needs is gone from the cache", hint=f"restore {path}", reason="missing"
+                )
+        saved_limits = Limits(cpu=origin.cpu, memory_mib=origin.memory_mb, disk_mib=origin.disk_mb)
+        return SlotKey(rootfs, limits or saved_limits, saved.folder, guest)
+
+    # Hibernate
+
+    async def hibernate(self, sandbox: Sandbox, *, reason: str, idle_for_s: float | None = None) -> None:
+        await self.once("hibernate", sandbox.id, lambda: self._hibernate(sandbox, reason, idle_for_s))
+
+    async def _hibernate(self, sandbox: Sandbox, reason: str, idle_for_s: float | None) -> None:
+        async with sandbox.lock:
+            if sandbox.status == "hibernated":
+                return
+            if idle_for_s is not None and not sandbox.idle_for(idle_for_s):
+                raise Conflict("the sandbox is not idle")
+            snapshot_id = new_snapshot_id()
+            async with self.snapshots.writing(snapshot_id) as folder, self.still(sandbox, "hibernate") as machine:
+                try:
+                    # It goes on after the copy was taken, though nothing inside moves: until the copy is durable there is a way back.
+                    await machine.snapshot(folder, resume=True)
+                    saved = await self.snapshots.publish(snapshot_id, "hibernation", self.origin(sandbox))
+                    if sandbox.status not in ("running", "paused") or not self.registry.has(sandbox):
+                        raise not_running(sandbox, sandbox.entry.reason)
+                    changes = {"state": "hibernated", "snapshot": snapshot_id, "reason": reason, "paused": False}
+                    entry = sandbox.entry.model_copy(update=changes)
+                    self.registry.ledger.write(entry, durable=True)
+                except BaseException:
+                    await asyncio.shield(self.snapshots.delete(snapshot_id))
+                    raise
+                sandbox.entry, sandbox.status, sandbox.stored_bytes = entry, "hibernated", saved.size_bytes
+            await self._let_go(sandbox)
+            self.registry.tell("hibernated", sandbox.id, reason)
+
+    async def _let_go(self, sandbox: Sandbox) -> None:
+        """Give memory and CPU back. What resists is tried again before the next restore, or swept by the next start."""
+        sandbox.frozen = sandbox.working = sandbox.strays = False
+        try:
+            await self.registry.end(sandbox)
+        except (PandastackError, OSError) as error:
+            log.error("what a hibernated sandbox held could not be given back", sandbox_id=sandbox.id, error=str(error))
+
+    async def _restore(self, sandbox: Sandbox) -> None:
+        """Bring a hibernated sandbox back; the caller holds its lock. When it fails, what was saved stays."""
+        if sandbox.machine is not None:
+            await self.registry.end(sandbox)
+        before = sandbox.entry
+        started = time.monotonic()
+        async with contextlib.AsyncExitStack() as undo:
+            self.registry.admission.reserve(sandbox.id, sandbox.limits)
+            undo.callback(self.registry.admission.release, sandbox.id)
+            saved = await self.snapshots.check(before.snapshot)
+            key = self.key(saved, sandbox.limits)
+            fresh = identity.fresh(sandbox.id, before.request.hostname, before.env, machine_id=before.machine_id or None)
+            async with self.registry.starts:
+                ready = await self._start(key, fresh)
+            undo.push_async_callback(self.registry.machines.discard_ready, ready)
+            entry = before.model_copy(
+                update={
+                    "state": "running",
+                    "machine": ready.machine.spec.id,
+                    "token": fresh.token,
+                    "machine_id": fresh.machine_id,
+                    "snapshot": "",
+                    "reason": None,
+                    "boot_mode": "wake",
+                    "boot_ms": round((time.monotonic() - started) * 1000),
+                }
+            )
+            self.registry.ledger.write(entry, durable=True)
+            undo.pop_all()
+        sandbox.entry, sandbox.machine, sandbox.guest, sandbox.stored_bytes = entry, ready.machine, ready.guest, 0
+        self.registry.enter(sandbox)
+        await self.snapshots.delete(saved.manifest.id)
+        self.registry.tell("running", sandbox.id)
+
+    async def _start(self, key: SlotKey, fresh: identity.Identity) -> Ready:
+        ready = await self.registry.machines.restored(key, quiet=False)
+        try:
+            await identity.confirm(ready.guest, fresh)
+        except BaseException:
+            await self.registry.machines.discard_ready(ready)
+            raise
+        return ready
+
+    # Snapshots
+
+    async def snapshot(self, sandbox: Sandbox, snapshot_id: SnapshotId) -> HostSnapshot:
+        return await self.once("snapshot", snapshot_id, lambda: self._snapshot(sandbox, snapshot_id))
+
+    async def _snapshot(self, sandbox: Sandbox, snapshot_id: SnapshotId) -> HostSnapshot:
+        if any(saved.manifest.id == snapshot_id for saved in self.snapshots.list("snapshot")):
+            return describe(self.snapshots.get(snapshot_id))
+        async with sandbox.lock:
+            if sandbox.status == "hibernated":
+                saved = await self.snapshots.check(sandbox.entry.snapshot)
+                return describe(await self.snapshots.copy(saved, snapshot_id, "snapshot"))
+            async with self.snapshots.writing(snapshot_id) as folder:
+                async with self.still(sandbox, "snapshot") as machine:
+                    await machine.snapshot(folder, resume=True)
+                # The sandbox goes on while its state is made durable.
+                return describe(await self.snapshots.publish(snapshot_id, "snapshot", self.origin(sandbox)))
+
+    async def verify(self, snapshot_id: SnapshotId) -> None:
+        """See `control.hosts.Host.verify_snapshot`. No process in the copy runs: it never gets an identity."""
+        key = self.key(await self.snapshots.check(snapshot_id))
+        # It takes room like a sandbox, under a name that no sandbox has.
+        name = SandboxId(f"verify-{snapshot_id}")
+        self.registry.admission.reserve(name, key.limits)
+        try:
+            async with self.registry.starts:
+                ready = await self.registry.machines.restored(key, quiet=False)
+            try:
+                health = await ready.guest.health()
+                if not (health.sealed and health.frozen):
+                    raise SnapshotUnusable("the restored copy is not as it was saved", hint="take another snapshot", reason="damaged")
+            finally:
+                await self.registry.machines.discard_ready(ready)
+        finally:
+            self.registry.admission.release(name)
+
+    def list_snapshots(self) -> list[HostSnapshot]:
+        return [describe(saved) for saved in self.snapshots.list("snapshot")]
+
+    async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
+        await self.abandon(snapshot_id)
+        # A hibernated sandbox's own state is none that anybody can delete by its id.
+        if any(saved.manifest.id == snapshot_id for saved in self.snapshots.list("snapshot")):
+            await self.snapshots.delete(snapshot_id)
+
+
+def describe(saved: Saved) -> HostSnapshot:
+    manifest = saved.manifest
+    origin = manifest.origin
+    return HostSnapshot(
+        id=manifest.id,
+        sandbox_id=origin.sandbox_id,
+        template=origin.template,
+        template_actual=origin.template_actual,
+        runtime=origin.runtime,
+        cpu=origin.cpu,
+        memory_mb=origin.memory_mb,
+        disk_mb=origin.disk_mb,
+        size_bytes=saved.size_bytes,
+        created_us=manifest.created_us,
+    )
+
+
+def _seen(task: asyncio.Task[Any]) -> None:
+    """Whoever asked may have left: an error that nobody fetches is no news for asyncio."""
+    if not task.cancelled():
+        task.exception()

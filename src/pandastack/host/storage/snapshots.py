@@ -1,0 +1,280 @@
+"""Saved states of sandboxes on disk: written whole, proved by digests, and gone without a trace when they were not finished.
+
+Runs on a host; called by the conductor. Below `root`:
+
+    <id>/manifest.json  ...    a durable state: the runtime's files, and what they are; it appears by one rename
+    .new/<id>/                 one being written, or what a killed one left; the next start clears it
+
+The order of `publish` is the promise: every file, then the manifest with their sizes and digests, then the folder, then its
+name are on disk before anybody is told. Whoever reads checks all of it first, so a state that was cut short, changed, or copied
+here from elsewhere is refused with a reason and never given to a runtime. The first line of a manifest is the SHA-256 of
+the rest: it is not there against forgers (only root writes here) but against disks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import structlog
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pandastack.errors import DiskFull, SnapshotNotFound, SnapshotUnusable
+from pandastack.wire.ids import SandboxId, SnapshotId
+
+log = structlog.get_logger(__name__)
+
+_MANIFEST = "manifest.json"
+_NEW = ".new"
+_MAX_MANIFEST_BYTES = 16 << 20
+
+Kind = Literal["snapshot", "hibernation"]
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SavedFile(_Shape):
+    size: int = Field(ge=0)
+    sha256: str
+
+
+class Origin(_Shape):
+    """Of what a state was taken, and all that is needed to bring it back. Sizes are MiB.
+
+    `runtime_key` names the builds and the processor that can restore it, `guest` the folder of the guest daemon that runs
+    in it, `rootfs` the image below it.
+    """
+
+    sandbox_id: SandboxId
+    template: str
+    template_actual: str
+    template_note: str | None = None
+    runtime: str
+    runtime_key: str
+    guest: str
+    rootfs: str
+    cpu: float
+    memory_mb: int
+    disk_mb: int
+    env: dict[str, str] = {}
+
+
+class Manifest(_Shape):
+    format: Literal[1] = 1
+    id: SnapshotId
+    kind: Kind
+    created_us: int
+    origin: Origin
+    files: dict[str, SavedFile]
+
+
+class Saved(_Shape):
+    """A durable state: `folder` holds the files that the runtime wrote. `size_bytes` is what they take on disk."""
+
+    manifest: Manifest
+    folder: Path
+    size_bytes: int
+
+
+class Snapshots:
+    """The states below `root`. `low_water_mib` stays free on its file system."""
+
+    def __init__(self, root: Path, *, low_water_mib: int = 1024) -> None:
+        self._root = root
+        self._low_water_mib = low_water_mib
+        self._known: dict[SnapshotId, Saved] = {}
+
+    def open(self) -> None:
+        """Read what there is. Unfinished ones are removed, unreadable ones stay where they are and are reported."""
+        (self._root / _NEW).mkdir(mode=0o700, parents=True, exist_ok=True)
+        for left in (self._root / _NEW).iterdir():
+            shutil.rmtree(left, ignore_errors=True)
+        self._known.clear()
+        for folder in sorted(self._root.iterdir()):
+            if folder.name == _NEW or not folder.is_dir():
+                continue
+            try:
+                manifest = _read(folder)
+            except SnapshotUnusable as error:
+                log.error("a saved state is unreadable and is left alone", path=str(folder), error=error.message)
+                continue
+            self._known[manifest.id] = Saved(manifest=manifest, folder=folder, size_bytes=_allocated(folder))
+
+    def list(self, kind: Kind) -> list[Saved]:
+        return [saved for saved in self._known.values() if saved.manifest.kind == kind]
+
+    def get(self, snapshot_id: str) -> Saved:
+        """What is known of a state, unchecked. Raises SnapshotNotFound."""
+        saved = self._known.get(SnapshotId(snapshot_id))
+        if saved is None:
+            raise SnapshotNotFound("no such snapshot", snapshot_id=snapshot_id)
+        return saved
+
+    def require_space(self, bytes_wanted: int) -> None:
+        """Refuse a capture that would not fit, before anything is stopped for it. Raises DiskFull."""
+        status = os.statvfs(self._root)
+        free = status.f_bavail * status.f_frsize - (self._low_water_mib << 20)
+        if bytes_wanted > free:
+            raise DiskFull(
+                f"a saved state may need {bytes_wanted >> 20} MiB, but {max(0, free) >> 20} MiB are free above the reserve",
+                hint="delete snapshots or hibernated sandboxes, or give the data directory more space",
+            )
+
+    @contextlib.asynccontextmanager
+    async def writing(self, snapshot_id: SnapshotId) -> AsyncIterator[Path]:
+        """A new, empty folder for a runtime to write into. What is in it when the block ends without `publish` is removed."""
+        folder = self._root / _NEW / snapshot_id
+        await asyncio.to_thread(_fresh, folder)
+        try:
+            yield folder
+        finally:
+            await asyncio.shield(asyncio.to_thread(shutil.rmtree, folder, True))
+
+    async def publish(self, snapshot_id: SnapshotId, kind: Kind, origin: Origin) -> Saved:
+        """Make the folder of `writing` a durable state. Raises DiskFull; then there is none."""
+        return await asyncio.to_thread(self._publish, snapshot_id, kind, origin)
+
+    def _publish(self, snapshot_id: SnapshotId, kind: Kind, origin: Origin) -> Saved:
+        source, target = self._root / _NEW / snapshot_id, self._root / snapshot_id
+        try:
+            paths = sorted(source.iterdir())
+            # Digests come from the page cache while the disk writes.
+            with ThreadPoolExecutor(2) as pool:
+                syncing = pool.submit(_sync, *paths)
+                files = dict(zip([path.name for path in paths], pool.map(_measure, paths), strict=True))
+                syncing.result()
+            created_us = time.time_ns() // 1000
+            manifest = Manifest(id=snapshot_id, kind=kind, created_us=created_us, origin=origin, files=files)
+            _write(source / _MANIFEST, manifest)
+            _sync(source)
+            source.rename(target)
+            _sync(self._root)
+        except OSError as error:
+            shutil.rmtree(target, ignore_errors=True)
+            raise DiskFull(
+                "the saved state could not be written to disk",
+                hint="free space on the file system of the data directory",
+                detail=str(error),
+            ) from error
+        saved = self._known[snapshot_id] = Saved(manifest=manifest, folder=target, size_bytes=_allocated(target))
+        return saved
+
+    async def copy(self, source: Saved, snapshot_id: SnapshotId, kind: Kind) -> Saved:
+        """A second name for a state: its files are never changed, so both share them."""
+        async with self.writing(snapshot_id) as folder:
+            for name in source.manifest.files:
+                os.link(source.folder / name, folder / name)
+            return await self.publish(snapshot_id, kind, source.manifest.origin)
+
+    async def check(self, snapshot_id: str) -> Saved:
+        """A state that is exactly what was saved. Raises SnapshotNotFound, SnapshotUnusable with its `reason`."""
+        saved = self.get(snapshot_id)
+        await asyncio.to_thread(_check, saved)
+        return saved
+
+    async def delete(self, snapshot_id: str) -> None:
+        """Idempotent. After a power cut it may be back; whoever keeps the records deletes it again."""
+        saved = self._known.pop(SnapshotId(snapshot_id), None)
+        if saved is not None:
+            await asyncio.shield(asyncio.to_thread(self._remove, saved.folder))
+
+    def _remove(self, folder: Path) -> None:
+        # Renamed first: half of a state must never look like one.
+        trash = self._root / _NEW / f"{folder.name}.gone"
+        shutil.rmtree(trash, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+    async def sweep(self, keep: Collection[str]) -> int:
+        """Remove the hibernations that no sandbox refers to; returns how many."""
+        gone = [saved.manifest.id for saved in self.list("hibernation") if saved.manifest.id not in keep]
+        for snapshot_id in gone:
+            await self.delete(snapshot_id)
+        return len(gone)
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700, parents=True)
+
+
+def _measure(path: Path) -> SavedFile:
+    with path.open("rb") as file:
+        return SavedFile(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _write(path: Path, manifest: Manifest) -> None:
+    body = manifest.model_dump_json().encode()
+    path.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    _sync(path)
+
+
+def _read(folder: Path) -> Manifest:
+    """The manifest of a folder. Raises SnapshotUnusable."""
+    try:
+        with (folder / _MANIFEST).open("rb") as file:
+            digest, _, body = file.read(_MAX_MANIFEST_BYTES).partition(b"\n")
+    except OSError as error:
+        raise _unusable("missing", "its manifest cannot be read") from error
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise _unusable("damaged", "its manifest was changed")
+    try:
+        manifest = Manifest.model_validate_json(body)
+    except ValidationError as error:
+        raise _unusable("foreign", "its manifest is of a format that this version does not know") from error
+    if manifest.id != folder.name:
+        raise _unusable("foreign", "it is the copy of another snapshot")
+    return manifest
+
+
+def _check(saved: Saved) -> None:
+    manifest = _read(saved.folder)
+    if manifest != saved.manifest:
+        raise _unusable("foreign", "its manifest was replaced")
+    for name, expected in manifest.files.items():
+        _expect(name, expected, _sized(saved.folder / name))
+    for name, expected in manifest.files.items():
+        if _measure(saved.folder / name).sha256 != expected.sha256:
+            raise _unusable("damaged", f"{name} was changed")
+
+
+def _sized(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _expect(name: str, expected: SavedFile, size: int | None) -> None:
+    if size is None:
+        raise _unusable("missing", f"{name} is missing")
+    if size != expected.size:
+        raise _unusable("truncated", f"{name} has {size} bytes instead of {expected.size}")
+
+
+def _unusable(reason: str, text: str) -> SnapshotUnusable:
+    return SnapshotUnusable(f"the saved state cannot be used: {text}", hint="use another one", reason=reason)
+
+
+def _allocated(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
