@@ -264,10 +264,22 @@ class Sandboxes:
 
     async def freeze_idle(self) -> None:
         """Freeze what has been idle for a moment. Runs for ever; owned by the host's task group."""
-        while True:
-            await asyncio.sleep(FREEZE_AFTER_S / 2)
-            # Side by side: one guest that does not answer must not keep the others warm.
-            await asyncio.gather(*(self._try_to_freeze(sandbox) for sandbox in self.registry.list() if self._may_look(sandbox)))
+        looking: set[SandboxId] = set()
+
+        async def look(sandbox: Sandbox) -> None:
+            try:
+                await self._try_to_freeze(sandbox)
+            finally:
+                looking.discard(sandbox.id)
+
+        # Each on its own: one guest that does not answer must not keep the others warm.
+        async with asyncio.TaskGroup() as looks:
+            while True:
+                await asyncio.sleep(FREEZE_AFTER_S / 2)
+                for sandbox in self.registry.list():
+                    if self._may_look(sandbox) and sandbox.id not in looking:
+                        looking.add(sandbox.id)
+                        looks.create_task(look(sandbox), name=f"look at {sandbox.id}")
 
     async def _try_to_freeze(self, sandbox: Sandbox) -> None:
         try:
