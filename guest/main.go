@@ -33,6 +33,7 @@ const (
 func main() {
 	listen := flag.String("listen", "127.0.0.1:1024", "TCP address to serve besides stdin; empty for none")
 	noStdio := flag.Bool("no-stdio", false, "do not speak over stdin and stdout")
+	hooks := flag.String("hooks", machine.HookDirectory, "directory of before-snapshot and after-restore")
 	version := flag.Bool("version", false, "print the version and exit")
 	flag.Parse()
 	if *version {
@@ -53,6 +54,8 @@ func main() {
 	maps.Copy(server.Methods, registry.Methods())
 	maps.Copy(server.Methods, state.Methods())
 	maps.Copy(server.Methods, files.Methods())
+	state.Hooks = *hooks
+	state.EndOthers = server.EndOthers
 	registry.Activity = func(live int) { server.Broadcast(map[string]any{"type": "activity", "live": live}) }
 
 	if *listen != "" {

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         GuestGone,
         GuestProtocolError,
         GuestTimeout,
+        HookFailed,
         HostUnfit,
         IdempotencyConflict,
         InvalidRequest,
@@ -82,10 +83,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "errors": (
         "APIConnectionError AuthError BadRequestError CapacityError CommandFailed Conflict ConnectionError CreateCancelled DiskFull "
-        "ExecInterrupted ExploreError FileConflict FileNotFound GuestError GuestGone GuestProtocolError GuestTimeout HostUnfit "
-        "IdempotencyConflict InvalidRequest NotFoundError PandastackError PermissionDenied ProcessNotFound QuotaExceeded RateLimited "
-        "RuntimeFailed SandboxNotFound SandboxNotRunning SandboxTimeout ServerError TemplateBuildError TemplateError TemplateNotFound "
-        "TemplateNotReady TokenNotFound TooLarge"
+        "ExecInterrupted ExploreError FileConflict FileNotFound GuestError GuestGone GuestProtocolError GuestTimeout HookFailed "
+        "HostUnfit IdempotencyConflict InvalidRequest NotFoundError PandastackError PermissionDenied ProcessNotFound QuotaExceeded "
+        "RateLimited RuntimeFailed SandboxNotFound SandboxNotRunning SandboxTimeout ServerError TemplateBuildError TemplateError "
+        "TemplateNotFound TemplateNotReady TokenNotFound TooLarge"
     ),
     "sdk.client": ("AsyncClient Client get_default_async_client get_default_client set_default_async_client set_default_client"),
     "sdk.files": "AsyncFileWatch AsyncFilesystem FileWatch Filesystem",
@@ -133,6 +134,7 @@ __all__ = [
     "GuestGone",
     "GuestProtocolError",
     "GuestTimeout",
+    "HookFailed",
     "HostUnfit",
     "IdempotencyConflict",
     "InvalidRequest",

@@ -31,7 +31,8 @@
     │   └── GuestError                502  the daemon in the sandbox
     │       ├── GuestProtocolError         it broke the protocol; the sandbox is not trusted any more
     │       ├── GuestTimeout               it did not answer before the deadline
-    │       └── GuestGone                  the stream to it ended
+    │       ├── GuestGone                  the stream to it ended
+    │       └── HookFailed                 a hook of the template failed or took too long; the message has its last words
     ├── SandboxTimeout                504  a command ran longer than its limit; also a TimeoutError
     ├── ConnectionError                    no answer from the API (alias APIConnectionError)
     ├── ExecInterrupted                    a stream ended without an exit code; unknown is not success
@@ -238,6 +239,12 @@ class GuestTimeout(GuestError):
 
 class GuestGone(GuestError):
     code = "guest_gone"
+
+
+class HookFailed(GuestError):
+    """Of `before-snapshot`: nothing was saved and all runs on. Of `after-restore`: the sandbox was not handed out."""
+
+    code = "hook_failed"
 
 
 class SandboxTimeout(PandastackError, builtins.TimeoutError):

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from pandastack import errors
+from pandastack.host import identity
 from pandastack.host.guest import Guest, ProcessSpec, ProcessStream
 from pandastack.wire import guest as wire
 
@@ -90,7 +91,7 @@ class Daemon:
 def running(binary: Path, kind: str, tmp_path: Path) -> Iterator[Daemon]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [str(binary), "-listen", f"127.0.0.1:{port}"]
+    command = [str(binary), "-listen", f"127.0.0.1:{port}", "-hooks", str(tmp_path / "hooks")]
     if kind == "pid1":
         if os.geteuid() != 0:
             pytest.skip("PID 1 of its own namespaces needs root")
@@ -466,9 +467,14 @@ class TestMachine:
             assert (await guest.health()).sealed
             who = {"sandbox_id": "s", "hostname": "box-1", "entropy": os.urandom(64), "token": "secret", "env": {"B": "2"}}
             report = await guest.identity(unix_ns=time.time_ns() - 10**10, machine_id="0" * 31 + "1", **who)  # type: ignore[arg-type]
-            failed = [name for name, step in report.steps.items() if not step.ok]
-            assert failed == ["clock"]  # It may not set this machine's clock, and says so.
+            failed = sorted(name for name, step in report.steps.items() if not step.ok)
+            assert failed == ["clock", "processes"]  # It may not set this machine's clock, says so, and stays closed.
+            assert report.steps["processes"].detail == "not continued: clock failed"
             assert 9.9e9 < report.offset_ns < 12e9
+            assert (await guest.health()).sealed
+            report = await guest.identity(unix_ns=time.time_ns(), machine_id="0" * 31 + "1", **who)  # type: ignore[arg-type]
+            assert {name for name, step in report.steps.items() if step.ok} == set(identity.REQUIRED_STEPS)
+            assert (report.steps["hooks"].detail, report.steps["processes"].detail) == ("none", "0 continued")
             out, _, _ = await run(guest, shell="echo $B; hostname; cat /etc/machine-id; grep box-1 /etc/hosts")
             assert out.splitlines()[:3] == [b"2", b"box-1", b"0" * 31 + b"1"]
             assert not (await guest.health()).sealed
@@ -497,6 +503,411 @@ class TestMachine:
         used.append(Path(f"/proc/{plain.pid}/stat").read_text().split()[13:15])
         assert used[0] == used[1]
         assert plain.rss_mib() < 24
+
+
+COUNTING = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.002; done"
+
+
+def below(pid: int) -> dict[int, str]:
+    """The states of all threads of a process's descendants, seen from outside."""
+    parents, states = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    for found in parents:
+        above = found
+        while above in parents and above != pid:
+            above = parents[above]
+        if above == pid and found != pid:
+            for thread in Path(f"/proc/{found}/task").glob("*/stat"):
+                with contextlib.suppress(OSError):
+                    states[int(thread.parent.name)] = thread.read_text().rpartition(")")[2].split()[0]
+    return states
+
+
+class Follower:
+    """Collects a process's stdout in the background."""
+
+    def __init__(self, stream: ProcessStream) -> None:
+        self.stream, self.seen = stream, bytearray()
+        self.task = asyncio.create_task(self._follow())
+
+    async def _follow(self) -> None:
+        async for piece in self.stream:
+            assert piece.offset == len(self.seen)
+            self.seen += piece.data
+
+    async def shows(self, text: bytes, after: int = 0) -> None:
+        await until(lambda: text in self.seen[after:])
+
+
+async def become(
+    guest: Guest, *, hook_timeout_s: float = 10.0, late_s: float = 0.0, env: dict[str, str] | None = None
+) -> wire.IdentityReport:
+    who = {"sandbox_id": "s", "hostname": "box-2", "entropy": os.urandom(64), "token": "new", "env": env or {}, "machine_id": "0" * 32}
+    return await guest.identity(unix_ns=time.time_ns() - round(late_s * 1e9), hook_timeout_s=hook_timeout_s, **who)  # type: ignore[arg-type]
+
+
+class TestFreeze:
+    async def test_nothing_moves_and_nothing_is_missing_afterwards(self, daemon: Daemon, guest: Guest) -> None:
+        counting = Follower(await guest.run(ProcessSpec(shell=COUNTING, id="counting")))
+        await counting.shows(b"20\n")
+        sealed = await guest.seal(freeze=True)
+        assert sealed.live == 1
+        assert sealed.frozen in (1, 2)  # The shell, and a `sleep` unless one had just ended.
+        await asyncio.sleep(0.1)
+        states, size = below(daemon.pid), len(counting.seen)
+        assert set(states.values()) <= {"T", "Z"}
+        await asyncio.sleep(0.3)
+        assert (below(daemon.pid), len(counting.seen)) == (states, size)
+        health = await guest.health()
+        assert (health.sealed, health.frozen, health.live) == (True, True, 1)
+        assert await guest.seal(freeze=True) == sealed
+        assert await guest.unseal() == sealed.frozen
+        assert await guest.unseal() == 0
+        health = await guest.health()
+        assert (health.sealed, health.frozen) == (False, False)
+        await until(lambda: len(counting.seen) > size + 100)
+        await guest.signal("counting", 9)
+        await counting.task
+        lines = bytes(counting.seen).split()
+        assert lines == [b"%d" % n for n in range(1, len(lines) + 1)]
+
+    async def test_a_seal_without_freeze_refuses_until_it_is_taken_back(self, guest: Guest) -> None:
+        counting = Follower(await guest.run(ProcessSpec(shell=COUNTING, id="counting")))
+        assert await guest.seal() == wire.Sealed(live=1, frozen=0)
+        with pytest.raises(errors.GuestError) as refused:
+            await run(guest, argv=["true"])
+        assert refused.value.guest_code == "sealed"
+        size = len(counting.seen)
+        await until(lambda: len(counting.seen) > size)
+        # A seal may become a freeze, and a freeze no mere seal.
+        assert (await guest.seal(freeze=True)).frozen > 0
+        assert (await guest.seal()).frozen > 0
+        assert await guest.unseal() > 0
+        assert (await run(guest, argv=["echo", "on"]))[0] == b"on\n"
+        await guest.seal()
+        assert await guest.unseal() == 0
+        assert (await run(guest, argv=["echo", "on"]))[0] == b"on\n"
+
+    async def test_what_its_user_had_stopped_stays_stopped(self, daemon: Daemon, guest: Guest) -> None:
+        await guest.start(ProcessSpec(argv=["sleep", "60"], id="stopped"))
+        await guest.signal("stopped", signal.SIGSTOP)
+        await until(lambda: list(below(daemon.pid).values()) == ["T"])
+        await guest.start(ProcessSpec(argv=["sleep", "60"], id="free"))
+        assert (await guest.seal(freeze=True)).frozen == 1
+        assert set(below(daemon.pid).values()) == {"T"}
+        assert await guest.unseal() == 1
+        await until(lambda: sorted(below(daemon.pid).values()) == ["S", "T"])
+        await guest.signal("stopped", signal.SIGCONT)
+        await until(lambda: sorted(below(daemon.pid).values()) == ["S", "S"])
+
+    @pytest.mark.parametrize(
+        "foreground",
+        ["cat", "python3 -uc 'import sys\nfor line in sys.stdin: print(line.strip())'", "bash --norc -ic cat", "(cat; true) | cat"],
+        ids=["cat", "python", "shell in shell", "pipeline"],
+    )
+    async def test_a_shell_with_job_control_does_not_notice(self, guest: Guest, foreground: str) -> None:
+        shell = await guest.run(ProcessSpec(argv=["bash", "--norc", "--noprofile", "-i"], stdin=True, pty=(24, 80), id="shell"))
+        screen = Follower(shell)
+        await shell.write(b"PS1='pro''mpt> '; sleep 60 &\n")
+        await screen.shows(b"prompt> ")
+        await shell.write(foreground.encode() + b"; echo st''atus $?\n")
+        for turn in range(8):
+            at = len(screen.seen)
+            await shell.write(b"line %d\n" % turn)
+            await screen.shows(b"line %d\r\nline %d\r\n" % (turn, turn), at)
+            assert (await guest.seal(freeze=True)).frozen >= 3
+            await asyncio.sleep(0.02 * (turn % 3))
+            await guest.unseal()
+        await shell.write(b"\x04")
+        await screen.shows(b"status 0\r\n")
+        await shell.write(b"jobs; exit\n")
+        await screen.shows(b"\r\nexit\r\n")
+        assert b"Stopped" not in screen.seen
+        assert b"Running" in screen.seen
+        await guest.signal("shell", 9)
+
+    async def test_who_spawns_without_end_is_frozen_completely(self, daemon: Daemon, guest: Guest) -> None:
+        spawning = "import os, time\nwhile True:\n    if os.fork() == 0:\n        time.sleep(.02); os._exit(0)\n"
+        spawning += "    try:\n        while os.waitpid(-1, os.WNOHANG)[0]: pass\n    except OSError: pass\n"
+        # One that is never there for two looks: each process lives for a moment only, and leaves another.
+        hopping = "import os\nwhile True:\n    if os.fork(): os._exit(0)\n"
+        await guest.start(ProcessSpec(argv=["python3", "-c", spawning], id="spawning"))
+        if guest.connection.greeting.pid == 1:
+            await guest.start(ProcessSpec(argv=["python3", "-c", hopping], id="hopping"))
+        await asyncio.sleep(0.3)
+        for _ in range(5):
+            assert (await guest.seal(freeze=True)).frozen > 1
+            states = below(daemon.pid)
+            assert set(states.values()) <= {"T", "Z"}
+            await asyncio.sleep(0.1)
+            assert below(daemon.pid) == states
+            assert await guest.unseal() > 1
+            await asyncio.sleep(0.05)
+        if guest.connection.greeting.pid != 1:
+            await guest.signal("spawning", 9)
+
+    async def test_every_thread_stops_even_without_the_first(self, daemon: Daemon, guest: Guest) -> None:
+        headless = "import ctypes, threading, time\ndef spin():\n    while True: pass\n"
+        headless += (
+            "for _ in range(4): threading.Thread(target=spin).start()\nprint('up', flush=True)\nctypes.CDLL(None).pthread_exit(None)\n"
+        )
+        stream = await guest.run(ProcessSpec(argv=["python3", "-c", headless], id="headless"))
+        await anext(stream)
+        waiting = "import ctypes, time\nif ctypes.CDLL(None).syscall(56, 0x4000 | 17, 0, 0, 0, 0) == 0:\n    time.sleep(60)\n"
+        if os.uname().machine == "x86_64":  # The parent of a vfork cannot be stopped before its child lets it go.
+            await guest.start(ProcessSpec(argv=["python3", "-c", waiting], id="vfork"))
+            await until(lambda: "D" in below(daemon.pid).values())
+        assert (await guest.seal(freeze=True)).frozen == (3 if os.uname().machine == "x86_64" else 1)
+        assert "R" not in below(daemon.pid).values()
+        assert "S" not in below(daemon.pid).values()
+        await guest.unseal()
+        await until(lambda: "R" in below(daemon.pid).values())
+        await guest.signal("headless", 9)
+
+    async def test_a_call_waits_for_the_end_of_the_freeze(self, guest: Guest, tmp_path: Path) -> None:
+        await guest.seal(freeze=True)
+        data = os.urandom(3 * MIB)
+        calls = [
+            asyncio.create_task(run(guest, argv=["cat"], stdin=b"in")),
+            asyncio.create_task(guest.write_file(str(tmp_path / "file"), pieces(data))),
+            asyncio.create_task(guest.resources()),
+        ]
+        gone = asyncio.create_task(run(guest, argv=["touch", str(tmp_path / "never")]))
+        await asyncio.sleep(0.3)
+        assert not any(call.done() for call in calls)
+        assert not (tmp_path / "file").exists()
+        gone.cancel()
+        await guest.health()
+        await guest.unseal()
+        out, written, _ = await asyncio.gather(*calls)
+        assert (out[0], written, (tmp_path / "file").read_bytes()) == (b"in", len(data), data)
+        assert (await guest.health()).live == 0
+        assert not (tmp_path / "never").exists()
+
+    async def test_a_call_of_a_session_that_ended_meanwhile_never_runs(self, daemon: Daemon, tmp_path: Path) -> None:
+        old = await daemon.open()
+        await old.seal(freeze=True)
+        calls = [
+            asyncio.create_task(old.start(ProcessSpec(argv=["touch", str(tmp_path / "process")]))),
+            asyncio.create_task(old.write_file(str(tmp_path / "file"), b"x")),
+            asyncio.create_task(old.mkdir(str(tmp_path / "directory"))),
+        ]
+        await old.health()  # They have arrived before it.
+        new = await daemon.open(fresh=False)
+        await old.close()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await new.unseal()
+        await run(new, argv=["sleep", "0.2"])
+        assert {path.name for path in tmp_path.iterdir()} & {"process", "file", "directory"} == set()
+        assert (await new.health()).live == 0
+        await new.close()
+
+    async def test_time_in_a_freeze_is_not_a_processs_own(self, guest: Guest) -> None:
+        begun = time.monotonic()
+        limited = asyncio.create_task(run(guest, argv=["sleep", "60"], timeout_s=1))
+        await asyncio.sleep(0.3)
+        await guest.seal(freeze=True)
+        await asyncio.sleep(1.2)
+        await guest.unseal()
+        await asyncio.sleep(0.2)
+        assert not limited.done()
+        assert (await limited)[2].reason == "timeout"
+        assert 2.1 < time.monotonic() - begun < 6
+
+    async def test_an_identity_continues_and_ends_the_sessions_of_the_machine_before(self, binary: Path, tmp_path: Path) -> None:
+        with running(binary, "pid1", tmp_path) as daemon:
+            guest, other = await daemon.open(), await daemon.connect()
+            counting = Follower(await guest.run(ProcessSpec(shell=COUNTING, id="counting")))
+            await counting.shows(b"20\n")
+            stopped = (await guest.seal(freeze=True)).frozen
+            foreign = asyncio.create_task(other.write_file(str(tmp_path / "foreign"), b"x"))
+            ours = asyncio.create_task(run(guest, shell="echo $NEW; hostname"))
+            await other.health()
+            report = await become(guest, env={"NEW": "1"}, late_s=10)
+            assert not report.steps["clock"].ok
+            assert report.steps["processes"] == wire.IdentityStep(ok=False, detail="not continued: clock failed")
+            health = await guest.health()
+            assert (health.sealed, health.frozen) == (True, True)
+            assert set(below(daemon.pid).values()) <= {"T", "Z"}
+            assert not ours.done()
+            report = await become(guest, env={"NEW": "1"})
+            assert all(step.ok for step in report.steps.values())
+            assert report.steps["processes"].detail == f"{stopped} continued"
+            with pytest.raises(errors.GuestGone):
+                await foreign
+            assert (await ours)[0] == b"1\nbox-2\n"
+            size = len(counting.seen)
+            await until(lambda: len(counting.seen) > size)
+            assert not (tmp_path / "foreign").exists()
+            again = await daemon.connect("new")
+            assert not (await again.health()).sealed
+            await again.close()
+            await guest.close()
+
+    async def test_a_host_over_tcp_takes_over_from_stdin_and_back(self, binary: Path, tmp_path: Path) -> None:
+        with running(binary, "pid1", tmp_path) as daemon:
+            old, other = await daemon.open(), await daemon.connect()
+            await old.seal(freeze=True)
+            assert all(step.ok for step in (await become(other)).steps.values())
+            with contextlib.suppress(errors.PandastackError):
+                await old.health(timeout_s=0.2)
+            new = await daemon.open(fresh=False)
+            assert (await run(new, argv=["echo", "on"]))[0] == b"on\n"
+            for one in (old, other, new):
+                await one.close()
+
+    @pytest.mark.parametrize(
+        ("method", "params"),
+        [
+            ("machine.seal", {"freeze": 1}),
+            ("machine.seal", {"freeze": True, "reason": "a b"}),
+            ("machine.seal", {"freeze": True, "reason": "x" * 33}),
+            ("machine.seal", {"freeze": True, "reason": ""}),
+            ("machine.seal", {"freeze": True, "hook_timeout_ms": 0}),
+            ("machine.seal", {"freeze": True, "hook_timeout_ms": 120_001}),
+            ("machine.seal", {"freeze": True, "hook_timeout_ms": 1.5}),
+            ("machine.seal", {"freeze": True, "now": True}),
+            ("machine.unseal", {"force": True}),
+            ("machine.identity", {"hook_timeout_ms": -1}),
+        ],
+    )
+    async def test_wrong_params_change_nothing(self, one: Guest, method: str, params: dict[str, object]) -> None:
+        with pytest.raises(errors.InvalidRequest) as refused:
+            await one.connection.request(method, params, wire.Empty, timeout_s=5)
+        assert refused.value.guest_code == "invalid"
+        health = await one.health()
+        assert (health.sealed, health.frozen) == (False, False)
+
+
+class TestHooks:
+    def write(self, tmp_path: Path, name: str, script: str, mode: int = 0o755) -> None:
+        (tmp_path / "hooks").mkdir(exist_ok=True)
+        (tmp_path / "hooks" / name).write_text("#!/bin/sh\n" + script)
+        (tmp_path / "hooks" / name).chmod(mode)
+
+    async def test_before_snapshot_runs_first_and_is_nobodys_process(self, guest: Guest, tmp_path: Path) -> None:
+        said = tmp_path / "said"
+        self.write(
+            tmp_path, "before-snapshot", f'echo "$0 $# $PANDASTACK_REASON $PWD $USER $HOME" > {said}; sleep 0.5; echo done >> {said}\n'
+        )
+        await asyncio.sleep(0.1)
+        sealing = asyncio.create_task(guest.seal(freeze=True, reason="fork"))
+        await until(lambda: said.exists() and said.read_text())
+        health = await guest.health()
+        assert (health.sealed, health.live) == (False, 0)
+        assert health.idle_ms >= 100
+        assert await guest.list_processes() == []
+        assert await sealing == wire.Sealed(live=0, frozen=0)
+        user = (await asyncio.to_thread(subprocess.run, ["id", "-un"], capture_output=True, text=True, check=True)).stdout.strip()
+        assert said.read_text().splitlines()[0] == f"{tmp_path}/hooks/before-snapshot 0 fork / {user} {os.environ.get('HOME', '/root')}"
+        assert said.read_text().endswith("done\n")
+        said.write_text("")
+        await guest.seal(freeze=True)  # It is sealed already: there is nothing before it.
+        assert said.read_text() == ""
+        await guest.unseal()
+
+    @pytest.mark.parametrize(
+        ("script", "told"),
+        [
+            ("echo one; echo two >&2; exit 3\n", "ended with exit code 3: one\ntwo"),
+            ("kill -9 $$\n", "was ended by signal 9"),
+            ("echo slow; sleep 61.25 & sleep 61.25\n", "did not end within 300ms: slow"),
+            ("echo slow; setsid sleep 61.25 & trap '' TERM INT; sleep 61.25\n", "did not end within 300ms: slow"),
+        ],
+        ids=["code", "signal", "slow", "slow tree"],
+    )
+    async def test_a_before_snapshot_that_fails_leaves_all_as_it_was(
+        self, daemon: Daemon, guest: Guest, tmp_path: Path, script: str, told: str
+    ) -> None:
+        counting = Follower(await guest.run(ProcessSpec(shell=COUNTING, id="counting")))
+        self.write(tmp_path, "before-snapshot", script)
+        begun = time.monotonic()
+        with pytest.raises(errors.HookFailed) as refused:
+            await guest.seal(freeze=True, hook_timeout_s=0.3)
+        assert time.monotonic() - begun < 5
+        assert told in refused.value.message
+        assert refused.value.guest_code == "hook_failed"
+        health = await guest.health()
+        assert (health.sealed, health.frozen) == (False, False)
+        size = len(counting.seen)
+        await until(lambda: len(counting.seen) > size)
+        await guest.signal("counting", 9)
+        await until(lambda: not below(daemon.pid))
+
+    async def test_what_cannot_be_started_fails_and_what_may_not_is_none(self, one: Guest, tmp_path: Path) -> None:
+        self.write(tmp_path, "before-snapshot", "exit 1\n", mode=0o644)
+        await one.seal()
+        await one.unseal()
+        (tmp_path / "hooks/before-snapshot").write_text("no interpreter")
+        (tmp_path / "hooks/before-snapshot").chmod(0o755)
+        with pytest.raises(errors.HookFailed, match="exec format error"):
+            await one.seal()
+        assert not (await one.health()).sealed
+
+    async def test_a_host_that_hangs_up_stops_the_hook_and_nothing_else(self, plain: Daemon, one: Guest, tmp_path: Path) -> None:
+        self.write(tmp_path, "before-snapshot", "sleep 61.5 & sleep 61.5\n")
+        sealing = asyncio.create_task(one.seal(freeze=True))
+        await until(lambda: len(below(plain.pid)) == 3)
+        sealing.cancel()
+        await until(lambda: not below(plain.pid))
+        (tmp_path / "hooks/before-snapshot").unlink()
+        health = await one.health()
+        assert (health.sealed, health.frozen) == (False, False)
+        assert (await run(one, argv=["echo", "on"]))[0] == b"on\n"
+
+    async def test_what_a_hook_leaves_behind_lives_on(self, daemon: Daemon, guest: Guest, tmp_path: Path) -> None:
+        self.write(tmp_path, "before-snapshot", "sleep 60 &\n")
+        begun = time.monotonic()
+        assert await guest.seal(freeze=True) == wire.Sealed(live=0, frozen=1)
+        assert time.monotonic() - begun < 2
+        await guest.unseal()
+        assert list(below(daemon.pid).values()) == ["S"]
+        assert (await guest.health()).live == 1
+
+    async def test_after_restore_runs_as_the_new_machine_before_anything_else(self, binary: Path, tmp_path: Path) -> None:
+        said = tmp_path / "said"
+        self.write(
+            tmp_path,
+            "after-restore",
+            f'echo "$PANDASTACK_REASON $NEW $PANDASTACK_SANDBOX_ID $(hostname)" > {said}; wc -c < {tmp_path}/count >> {said}\n',
+        )
+        with running(binary, "pid1", tmp_path) as daemon:
+            guest = await daemon.open()
+            await guest.start(ProcessSpec(shell=f"while :; do printf x >> {tmp_path}/count; done", id="counting"))
+            await until(lambda: (tmp_path / "count").exists())
+            stopped = (await guest.seal(freeze=True)).frozen
+            size = (tmp_path / "count").stat().st_size
+            report = await become(guest, env={"NEW": "yes"})
+            assert said.read_text() == f"restore yes s box-2\n{size}\n"
+            assert report.steps["hooks"] == wire.IdentityStep(ok=True, detail="run")
+            assert report.steps["processes"].detail == f"{stopped} continued"
+            await until(lambda: (tmp_path / "count").stat().st_size > size)
+            await guest.close()
+
+    @pytest.mark.parametrize(
+        ("script", "told"), [("echo no; exit 4\n", "ended with exit code 4: no"), ("sleep 60 & sleep 60\n", "did not end within 300ms")]
+    )
+    async def test_an_after_restore_that_fails_leaves_it_frozen(self, binary: Path, tmp_path: Path, script: str, told: str) -> None:
+        self.write(tmp_path, "after-restore", script)
+        with running(binary, "pid1", tmp_path) as daemon:
+            guest = await daemon.open()
+            await guest.start(ProcessSpec(shell=COUNTING, id="counting"))
+            await guest.seal(freeze=True)
+            with pytest.raises(errors.HookFailed, match=told):
+                await identity.confirm(guest, identity.fresh("s", "box-2", {}), hook_timeout_s=0.3)
+            health = await guest.health()
+            assert (health.sealed, health.frozen) == (True, True)
+            await until(lambda: set(below(daemon.pid).values()) <= {"T", "Z"})
+            # Nobody is told to run a hook on a machine that is not itself.
+            (tmp_path / "hooks/after-restore").write_text(f"#!/bin/sh\ntouch {tmp_path}/run\n")
+            report = await become(guest, late_s=10)
+            assert report.steps["hooks"] == wire.IdentityStep(ok=False, detail="not run: clock failed")
+            assert not (tmp_path / "run").exists()
+            await identity.confirm(guest, identity.fresh("s", "box-2", {}))
+            assert (tmp_path / "run").exists()
+            await guest.close()
 
 
 class TestSessions:
@@ -653,6 +1064,20 @@ class TestWarm:
             assert (await stream.wait()).reason == "killed"
         assert mark[:15] not in subprocess.run(["ps", "axo", "comm"], capture_output=True, text=True, check=True).stdout
         assert (await run(warm, python="print(1)", env=path))[0] == b"1\n"
+
+    async def test_it_is_frozen_with_its_spare_and_serves_on(self, daemon: Daemon, warm: Guest) -> None:
+        path = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+        for _ in range(3):
+            assert (await warm.seal(freeze=True)).frozen == 2
+            assert set(below(daemon.pid).values()) == {"T"}
+            waiting = asyncio.create_task(run(warm, python="print(1)", env=path))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            assert await warm.unseal() == 2
+            out, _, end = await waiting
+            assert out == b"1\n"
+            assert end.id in {entry.id for entry in await warm.list_processes() if entry.warm}
+            await asyncio.sleep(0.3)  # The next spare.
 
     async def test_the_spare_is_nobodys_process_and_is_replaced(self, warm: Guest) -> None:
         path = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}

@@ -300,7 +300,7 @@ async def test_a_sealed_machine_gets_an_identity_when_it_is_restored(bench: Benc
     into = bench.root / "saved"
     into.mkdir()
     async with bench.started() as (machine, guest):
-        assert await guest.seal() == 0
+        assert (await guest.seal()).live == 0
         await guest.close()
         await machine.snapshot(into, resume=False)
     copy = await bench.prepared()

@@ -133,7 +133,7 @@ async def test_an_answer_of_another_shape_is_a_violation_of_the_call() -> None:
     async with connected() as (fake, guest):
         call = asyncio.ensure_future(guest.seal())
         stream, _ = await fake.expect(Kind.CALL)
-        fake.send(Kind.REPLY, stream, {"live": 1, "extra": 2}, flags=1)
+        fake.send(Kind.REPLY, stream, {"live": 1, "frozen": 0, "extra": 2}, flags=1)
         with pytest.raises(errors.GuestProtocolError):
             await call
 
@@ -230,8 +230,8 @@ async def test_cancelling_resets_and_late_frames_are_dropped() -> None:
         fake.send(Kind.REPLY, number, EXIT, flags=1)
         again = asyncio.ensure_future(guest.seal())
         number, _ = await fake.expect(Kind.CALL)
-        fake.send(Kind.REPLY, number, {"live": 0}, flags=1)
-        assert await again == 0
+        fake.send(Kind.REPLY, number, {"live": 0, "frozen": 0}, flags=1)
+        assert (await again).live == 0
 
 
 async def test_deadline_of_a_call_leaves_the_session_open() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pandastack.errors import GuestError
+from pandastack.errors import GuestError, HookFailed
 from pandastack.host import identity
 from pandastack.wire.guest import IdentityReport, IdentityStep
 
@@ -46,9 +46,33 @@ async def test_a_full_report_passes() -> None:
 @pytest.mark.parametrize("missing", [True, False], ids=["missing", "refused"])
 async def test_a_step_that_was_not_done_fails_it_by_name(name: str, missing: bool) -> None:
     step = None if missing else IdentityStep(ok=False, detail="no call for that")
-    with pytest.raises(GuestError, match=name) as refused:
+    with pytest.raises(GuestError) as refused:
         await confirm(Teller(steps(**{name: step})))
+    assert name in refused.value.message or isinstance(refused.value, HookFailed)
     assert refused.value.fields["detail"] == (None if missing else "no call for that")
+
+
+async def test_a_hook_that_failed_is_told_apart_and_in_its_words() -> None:
+    left = IdentityStep(ok=False, detail="not continued: hooks failed")
+    with pytest.raises(HookFailed, match="exit code 3: no database") as refused:
+        await confirm(
+            Teller(steps(hooks=IdentityStep(ok=False, detail="after-restore ended with exit code 3: no database"), processes=left))
+        )
+    assert (refused.value.code, refused.value.status) == ("hook_failed", 502)
+
+
+async def test_the_first_step_that_failed_is_the_reason() -> None:
+    caused = {name: IdentityStep(ok=False, detail="machine_id failed") for name in ("hooks", "processes")}
+    with pytest.raises(GuestError, match="machine_id, hooks, processes") as refused:
+        await confirm(Teller(steps(machine_id=IdentityStep(ok=False, detail="read-only"), **caused)))
+    assert not isinstance(refused.value, HookFailed)
+    assert refused.value.fields["detail"] == "read-only"
+
+
+async def test_the_hook_gets_its_time() -> None:
+    teller = Teller(steps())
+    await identity.confirm(teller, identity.fresh("id", "name", {}), hook_timeout_s=7.5)  # type: ignore[arg-type]
+    assert (teller.given["hook_timeout_s"], teller.given["timeout_s"]) == (7.5, identity.IDENTITY_TIMEOUT_S)
 
 
 async def test_a_step_of_a_newer_guest_does_no_harm() -> None:

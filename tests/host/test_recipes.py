@@ -82,7 +82,7 @@ def test_requirements_without_pins_and_hashes_are_refused(tmp_path: Path, line: 
         recipes.load(folder)
 
 
-def test_a_missing_lock_hooks_and_links_are_refused(tmp_path: Path) -> None:
+def test_a_missing_lock_and_links_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TemplateError, match=r"requirements\.txt is missing"):
         recipes.load(write(tmp_path, "child", DERIVED + '[python]\nrequirements = "requirements.txt"\n'))
     folder = write(tmp_path, "base", BASE)
@@ -90,10 +90,55 @@ def test_a_missing_lock_hooks_and_links_are_refused(tmp_path: Path) -> None:
     (folder / "files/passwd").symlink_to("/etc/passwd")
     with pytest.raises(TemplateError, match="files/passwd is a link"):
         recipes.load(folder)
-    (folder / "files/passwd").unlink()
-    (folder / "hooks").mkdir()
-    with pytest.raises(TemplateError, match="reserved"):
+
+
+def test_hooks_are_the_two_we_run_and_can_be_started(tmp_path: Path) -> None:
+    folder = write(tmp_path, "base", BASE)
+    hooks = folder / "hooks"
+    hooks.mkdir()
+    assert recipes.hooks(recipes.load(folder)) == {}
+    (hooks / "before-snapshot").write_text("#!/bin/sh\nsync\n")
+    (hooks / "after-restore").write_bytes(b"\x7fELF...")
+    assert sorted(recipes.hooks(recipes.load(folder))) == ["after-restore", "before-snapshot"]
+    for name, content, problem in (
+        ("after-boot", "#!/bin/sh\n", "'after-boot' is no hook"),
+        ("before-snapshot", "sync\n", "hooks/before-snapshot does not say what runs it"),
+        ("before-snapshot", "", "hooks/before-snapshot does not say what runs it"),
+    ):
+        before = (hooks / name).read_text() if (hooks / name).exists() else None
+        (hooks / name).write_text(content)
+        with pytest.raises(TemplateError, match=problem) as refused:
+            recipes.load(folder)
+        assert refused.value.fields["fields_wrong"] == ["hooks"]
+        (hooks / name).unlink()
+        if before is not None:
+            (hooks / name).write_text(before)
+    (hooks / "after-restore").unlink()
+    (hooks / "after-restore").symlink_to("/bin/true")
+    with pytest.raises(TemplateError, match="hooks/after-restore is a link"):
         recipes.load(folder)
+    (hooks / "after-restore").unlink()
+    (hooks / "before-snapshot").rename(folder / "elsewhere")
+    hooks.rmdir()
+    hooks.write_text("")
+    with pytest.raises(TemplateError, match="hooks: is no folder"):
+        recipes.load(folder)
+
+
+def test_hooks_are_part_of_the_digest_and_their_absence_is_not(tmp_path: Path) -> None:
+    folder = write(tmp_path, "base", BASE)
+    write(tmp_path, "child", DERIVED)
+    first, child = digest(tmp_path), digest(tmp_path, "child")
+    (folder / "hooks").mkdir()
+    assert digest(tmp_path) == first
+    (folder / "hooks/after-restore").write_text("#!/bin/sh\n")
+    second = digest(tmp_path)
+    assert second != first
+    assert digest(tmp_path, "child") != child
+    (folder / "hooks/after-restore").chmod(0o755)
+    assert digest(tmp_path) == second
+    (folder / "hooks/after-restore").write_text("#!/bin/bash\n")
+    assert digest(tmp_path) not in (first, second)
 
 
 def test_one_broken_recipe_hides_only_itself(tmp_path: Path) -> None:

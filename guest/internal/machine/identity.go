@@ -3,6 +3,7 @@ package machine
 import (
 	"bytes"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"os"
 	"regexp"
@@ -39,6 +40,7 @@ type identity struct {
 	Token     string            `json:"token"`
 	Env       map[string]string `json:"env"`
 	MachineID string            `json:"machine_id"`
+	HookMS    *int64            `json:"hook_timeout_ms"`
 }
 
 type step struct {
@@ -53,8 +55,12 @@ func outcome(detail string, err error) step {
 	return step{true, detail}
 }
 
+// identitySteps is the order of the steps that come before any code of a user.
+var identitySteps = []string{"entropy", "clock", "hostname", "machine_id", "env", "token"}
+
 // callIdentity makes this copy of a machine itself. The order matters: no random number may be drawn before the
-// entropy, no time read before the clock, and user code starts only when all is done.
+// entropy, no time read before the clock, and user code starts only when all is done. A sealed machine with a step that
+// failed stays sealed, and frozen: what it would do is not what its owner may expect.
 func (m *Machine) callIdentity(stream *session.Stream, raw []byte) error {
 	arrived := time.Now()
 	var wanted identity
@@ -73,6 +79,19 @@ func (m *Machine) callIdentity(stream *session.Stream, raw []byte) error {
 		if name == "" || strings.ContainsAny(name, "=\x00") || strings.ContainsRune(value, 0) {
 			return faults.Invalid("env %.80q", name)
 		}
+	}
+	limit, err := hookLimit(wanted.HookMS)
+	if err != nil {
+		return err
+	}
+	m.operation.Lock()
+	defer m.operation.Unlock()
+	if stream.Aborted() {
+		return session.ErrAborted
+	}
+	sealed, frozen := m.state()
+	if frozen {
+		m.EndOthers(stream)
 	}
 	steps := map[string]step{}
 	steps["entropy"] = outcome(reseed(entropy))
@@ -94,11 +113,54 @@ func (m *Machine) callIdentity(stream *session.Stream, raw []byte) error {
 	steps["env"] = step{true, fmt.Sprintf("%d names", len(environment))}
 	m.mutex.Lock()
 	m.token = wanted.Token
-	m.sealed = false
-	m.lastCall = time.Now()
 	m.mutex.Unlock()
 	steps["token"] = step{true, "set"}
+	failed := firstFailed(steps)
+	if steps["hooks"], err = m.restoreHook(failed, limit, stream); err != nil {
+		return err
+	}
+	if failed == "" && !steps["hooks"].OK {
+		failed = "hooks"
+	}
+	if sealed && failed != "" {
+		steps["processes"] = step{false, "not continued: " + failed + " failed"}
+	} else {
+		steps["processes"] = step{true, fmt.Sprintf("%d continued", m.Processes.Continue())}
+		m.mutex.Lock()
+		m.lastCall = time.Now()
+		m.mutex.Unlock()
+		m.open(false)
+	}
 	return stream.Answer(map[string]any{"steps": steps, "offset_ns": offset})
+}
+
+func firstFailed(steps map[string]step) string {
+	for _, name := range identitySteps {
+		if !steps[name].OK {
+			return name
+		}
+	}
+	return ""
+}
+
+// restoreHook runs after-restore, if there is one. It is code of a user, so it does not run on a machine that is not ready.
+func (m *Machine) restoreHook(failed string, limit time.Duration, stream *session.Stream) (step, error) {
+	path, err := m.hook(afterRestore)
+	switch {
+	case err == nil && path == "":
+		return step{true, "none"}, nil
+	case err == nil && failed != "":
+		return step{false, "not run: " + failed + " failed"}, nil
+	case err == nil:
+		err = m.Processes.Hook(path, "restore", limit, stream.Done())
+	}
+	switch {
+	case errors.Is(err, session.ErrAborted):
+		return step{}, err
+	case err != nil:
+		return step{false, faults.From(err).Message}, nil
+	}
+	return step{true, "run"}, nil
 }
 
 func reseed(entropy []byte) (string, error) {

@@ -4,7 +4,6 @@ package machine
 import (
 	"crypto/subtle"
 	"os"
-	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -19,17 +18,25 @@ type Processes interface {
 	Counts() (live, baked int)
 	Strays() int
 	SetEnvironment(environment map[string]string)
+	Freeze() (stopped int, err error)
+	Continue() (continued int)
+	Hook(path, reason string, limit time.Duration, cancel <-chan struct{}) error
 }
 
-// Machine keeps the state that identity changes.
+// Machine keeps the state that identity changes: running -> sealed -> running, or running -> sealed and frozen -> running.
 type Machine struct {
 	Build      string
 	Processes  Processes
-	ListenPort uint16 // left out of machine.ports; 0 for none
+	ListenPort uint16                       // left out of machine.ports; 0 for none
+	EndOthers  func(stream *session.Stream) // ends all sessions but this one's
+	Hooks      string                       // the directory of before-snapshot and after-restore
+
+	operation sync.Mutex // one seal, unseal or identity at a time
 
 	mutex    sync.Mutex
 	started  time.Time
 	sealed   bool
+	thawed   chan struct{} // while frozen; closed when calls may go on
 	token    string
 	calls    int       // running calls that are not about the machine
 	lastCall time.Time // when the last of them ended
@@ -37,7 +44,8 @@ type Machine struct {
 
 func New(build string, processes Processes) *Machine {
 	now := time.Now()
-	return &Machine{Build: build, Processes: processes, started: now, lastCall: now}
+	return &Machine{Build: build, Processes: processes, EndOthers: func(*session.Stream) {}, Hooks: HookDirectory, started: now,
+		lastCall: now}
 }
 
 // Methods returns what a host may call; see PROTOCOL.md, section 7.
@@ -45,6 +53,7 @@ func (m *Machine) Methods() map[string]session.Method {
 	return map[string]session.Method{
 		"machine.identity":  m.callIdentity,
 		"machine.seal":      m.callSeal,
+		"machine.unseal":    m.callUnseal,
 		"machine.health":    m.callHealth,
 		"machine.resources": m.callResources,
 		"machine.ports":     m.callPorts,
@@ -75,18 +84,42 @@ func (m *Machine) TokenMatches(token string) bool {
 	return m.token == "" || subtle.ConstantTimeCompare([]byte(token), []byte(m.token)) == 1
 }
 
-// Admit refuses what a sealed machine must not do, and keeps the idle clock.
-func (m *Machine) Admit(method string) (leave func(), err error) {
+// Admit refuses what a sealed machine must not do, lets it wait while the machine is frozen, and keeps the idle clock. A
+// call that was aborted while it waited does not run: in a copy of a machine it was meant for another one.
+func (m *Machine) Admit(stream *session.Stream, method string) (leave func(), err error) {
+	for {
+		thawed, leave, err := m.admit(method)
+		if thawed == nil {
+			return leave, err
+		}
+		select {
+		case <-stream.Done():
+		case <-thawed:
+		}
+		if stream.Aborted() {
+			return nil, session.ErrAborted
+		}
+	}
+}
+
+func (m *Machine) admit(method string) (thawed chan struct{}, leave func(), err error) {
 	m.mutex.Lock()
 	defer m.mutex.Unlock()
-	if m.sealed && method != "machine.health" && method != "machine.seal" && method != "machine.identity" {
-		return nil, faults.New("sealed", "sealed until the next identity")
+	switch method {
+	case "machine.health", "machine.seal", "machine.unseal", "machine.identity":
+	default:
+		if m.thawed != nil {
+			return m.thawed, nil, nil
+		}
+		if m.sealed {
+			return nil, nil, faults.New("sealed", "sealed until the next identity")
+		}
 	}
 	if strings.HasPrefix(method, "machine.") {
-		return func() {}, nil
+		return nil, func() {}, nil
 	}
 	m.calls++
-	return m.leave, nil
+	return nil, m.leave, nil
 }
 
 func (m *Machine) leave() {
@@ -96,21 +129,12 @@ func (m *Machine) leave() {
 	m.mutex.Unlock()
 }
 
-func (m *Machine) callSeal(stream *session.Stream, _ []byte) error {
-	m.mutex.Lock()
-	m.sealed = true
-	m.mutex.Unlock()
-	// What the daemon frees now is not in the snapshot, and not in every sandbox made from it.
-	debug.FreeOSMemory()
-	live, _ := m.Processes.Counts()
-	return stream.Answer(map[string]int{"live": live})
-}
-
 type health struct {
 	Version  int    `json:"version"`
 	Build    string `json:"build"`
 	UptimeMS int64  `json:"uptime_ms"`
 	Sealed   bool   `json:"sealed"`
+	Frozen   bool   `json:"frozen"`
 	Live     int    `json:"live"`
 	Baked    int    `json:"baked"`
 	IdleMS   int64  `json:"idle_ms"`
@@ -123,7 +147,7 @@ func (m *Machine) callHealth(stream *session.Stream, _ []byte) error {
 	}
 	m.mutex.Lock()
 	answer := health{Version: frames.Version, Build: m.Build, UptimeMS: time.Since(m.started).Milliseconds(),
-		Sealed: m.sealed, Live: live, Baked: baked}
+		Sealed: m.sealed, Frozen: m.thawed != nil, Live: live, Baked: baked}
 	if live == 0 && m.calls == 0 {
 		answer.IdleMS = time.Since(m.lastCall).Milliseconds()
 	}

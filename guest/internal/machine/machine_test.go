@@ -1,6 +1,11 @@
 package machine
 
-import "testing"
+import (
+	"testing"
+	"time"
+
+	"pandastack/guest/internal/session"
+)
 
 func TestParsePort(t *testing.T) {
 	for line, wanted := range map[string]string{
@@ -24,13 +29,18 @@ type none struct{}
 func (none) Counts() (int, int)               { return 0, 0 }
 func (none) Strays() int                      { return 0 }
 func (none) SetEnvironment(map[string]string) {}
+func (none) Freeze() (int, error)             { return 0, nil }
+func (none) Continue() int                    { return 0 }
+func (none) Hook(string, string, time.Duration, <-chan struct{}) error {
+	return nil
+}
 
 func TestSealedAdmitsOnlyTheMachine(t *testing.T) {
 	machine := New("test", none{})
 	machine.sealed = true
 	for method, allowed := range map[string]bool{"process.run": false, "file.read": false, "machine.warm": false,
-		"machine.health": true, "machine.identity": true, "machine.seal": true} {
-		if _, err := machine.Admit(method); (err == nil) != allowed {
+		"machine.health": true, "machine.identity": true, "machine.seal": true, "machine.unseal": true} {
+		if _, err := machine.Admit(&session.Stream{}, method); (err == nil) != allowed {
 			t.Fatal(method, err)
 		}
 	}

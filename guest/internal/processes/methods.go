@@ -72,7 +72,7 @@ func (r *Registry) callStart(stream *session.Stream, raw []byte) error {
 	if spec.OnDetach != "" {
 		return faults.Invalid("on_detach is for process.run")
 	}
-	process, err := r.start(spec)
+	process, err := r.start(spec, stream.Done())
 	if err != nil {
 		return err
 	}
@@ -89,7 +89,7 @@ func (r *Registry) callRun(stream *session.Stream, raw []byte) error {
 		return err
 	}
 	attachment := process.attach([2]*int64{})
-	if err := r.begin(process, spec); err != nil {
+	if err := r.begin(process, spec, stream.Done()); err != nil {
 		return err
 	}
 	if err := stream.Reply(process.describe()); err != nil {

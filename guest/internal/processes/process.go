@@ -41,6 +41,7 @@ type Process struct {
 	children *children
 	user     User
 	visible  bool // guarded by the registry
+	hook     bool // in no list and no count
 
 	mutex   sync.Mutex
 	changed sync.Cond // outputs, readers or the exit changed
@@ -49,7 +50,8 @@ type Process struct {
 	grace   bool  // settleAfter has passed since the exit
 	killer  string
 	timeout *time.Timer
-	drop    bool // the registry forgot it: pumps read on only to keep the pipe from filling
+	ends    time.Time // when the timeout will be over
+	drop    bool      // the registry forgot it: pumps read on only to keep the pipe from filling
 
 	stdinMutex sync.Mutex
 	stdin      *os.File

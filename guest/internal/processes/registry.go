@@ -46,6 +46,9 @@ type Registry struct {
 	machine  map[string]string
 	warm     *interpreter
 	pruning  atomic.Bool
+	starting int      // programs between admission and the list of processes
+	frozen   *frozen  // nil while processes run
+	hook     *Process // while one runs
 }
 
 func NewRegistry() *Registry {
@@ -71,6 +74,9 @@ func (r *Registry) Strays() int {
 		if process.Baked {
 			baked[process.pid] = true
 		}
+	}
+	if r.hook != nil && r.hook.running() {
+		baked[r.hook.pid] = true
 	}
 	r.mutex.Unlock()
 	entries := scan()
@@ -160,6 +166,9 @@ func (r *Registry) abandon(process *Process) {
 // count keeps the numbers of running processes; the mutex is held. Activity hears of changes that last: a command of a
 // few milliseconds would cost more in events than in work.
 func (r *Registry) count(process *Process, change int) {
+	if process.hook {
+		return
+	}
 	if process.Baked {
 		r.baked += change
 		return

@@ -232,12 +232,12 @@ func (s *Spec) open(user User) (io stdio, err error) {
 }
 
 // start runs a program. When it returns without error, the process is in the list and its outputs are being read.
-func (r *Registry) start(spec *Spec) (*Process, error) {
+func (r *Registry) start(spec *Spec, cancel <-chan struct{}) (*Process, error) {
 	process, err := r.prepare(spec)
 	if err != nil {
 		return nil, err
 	}
-	if err := r.begin(process, spec); err != nil {
+	if err := r.begin(process, spec, cancel); err != nil {
 		return nil, err
 	}
 	return process, nil
@@ -261,11 +261,26 @@ func (r *Registry) prepare(spec *Spec) (*Process, error) {
 	return process, nil
 }
 
-// begin runs a prepared process, or forgets it.
-func (r *Registry) begin(process *Process, spec *Spec) error {
+// begin runs a prepared process, or forgets it. It waits while processes are frozen, until `cancel` closes.
+func (r *Registry) begin(process *Process, spec *Spec, cancel <-chan struct{}) error {
+	if err := r.enter(cancel); err != nil {
+		r.abandon(process)
+		return err
+	}
+	defer r.leave()
+	if err := r.run(process, spec); err != nil {
+		r.abandon(process)
+		return err
+	}
+	r.publish(process)
+	process.arm(time.Duration(spec.TimeoutMS) * time.Millisecond)
+	return nil
+}
+
+// run starts the program, and the reading of its outputs.
+func (r *Registry) run(process *Process, spec *Spec) error {
 	io, err := spec.open(process.user)
 	if err != nil {
-		r.abandon(process)
 		return err
 	}
 	process.stdin = io.stdin
@@ -276,7 +291,6 @@ func (r *Registry) begin(process *Process, spec *Spec) error {
 	io.closeTheirs()
 	if err != nil {
 		io.closeOurs()
-		r.abandon(process)
 		return err
 	}
 	for index, source := range io.outputs {
@@ -289,8 +303,6 @@ func (r *Registry) begin(process *Process, spec *Spec) error {
 			process.mutex.Unlock()
 		}
 	}
-	r.publish(process)
-	process.arm(time.Duration(spec.TimeoutMS) * time.Millisecond)
 	return nil
 }
 
@@ -349,9 +361,29 @@ func (p *Process) arm(limit time.Duration) {
 	p.mutex.Lock()
 	defer p.mutex.Unlock()
 	if p.exit == nil {
+		p.ends = time.Now().Add(limit)
 		p.timeout = time.AfterFunc(limit, func() {
 			p.blame("timeout")
 			_, _ = p.Signal(syscall.SIGKILL, true)
 		})
+	}
+}
+
+// pauseTimeout stops the clock and returns what is left; false: there is none, or it is over.
+func (p *Process) pauseTimeout() (time.Duration, bool) {
+	p.mutex.Lock()
+	defer p.mutex.Unlock()
+	if p.timeout == nil || !p.timeout.Stop() {
+		return 0, false
+	}
+	return max(0, time.Until(p.ends)), true
+}
+
+func (p *Process) resumeTimeout(left time.Duration) {
+	p.mutex.Lock()
+	defer p.mutex.Unlock()
+	if p.exit == nil {
+		p.ends = time.Now().Add(left)
+		p.timeout.Reset(left)
 	}
 }

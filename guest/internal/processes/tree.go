@@ -11,55 +11,112 @@ import (
 const (
 	marker      = "PANDASTACK_PROCESS_ID"
 	killBudget  = 5 * time.Second
-	statFields  = 4 // state, ppid, pgrp, session: what follows the name
 	environSize = 256 << 10
+	statBytes   = 1024 // Of one line: a short name and 51 numbers.
+
+	// Fields of /proc/PID/stat, counted from what follows the name.
+	statParent, statGroup, statSession, statFlags, statThreads, statStarted = 1, 2, 3, 6, 17, 19
+
+	kernelThread = 0x00200000 // PF_KTHREAD; gVisor has none and prints no flags.
 )
 
 type processEntry struct {
 	pid, parent, group, session int
+	threads                     int
+	state                       byte
+	kernel                      bool
+	started                     uint64 // ticks after the boot: with the pid it names a process for good
 	zombie                      bool
 }
 
-// scan reads all of /proc once.
+// scan reads all of /proc once, and leaves out what cannot be read.
 func scan() []processEntry {
-	directory, err := os.Open("/proc")
+	entries, _ := scanAll()
+	return entries
+}
+
+// scanAll reads all of /proc once. The error is the first that is not the end of the process looked at.
+func scanAll() ([]processEntry, error) {
+	numbers, trouble := numbersIn("/proc")
+	entries := make([]processEntry, 0, len(numbers))
+	buffer := make([]byte, statBytes)
+	for _, pid := range numbers {
+		entry, err := readStat("/proc/"+strconv.Itoa(pid)+"/stat", pid, buffer)
+		if err == nil {
+			entries = append(entries, entry)
+		} else if err != syscall.ENOENT && err != syscall.ESRCH && trouble == nil {
+			trouble = err
+		}
+	}
+	return entries, trouble
+}
+
+// numbersIn returns the names of a directory of /proc that are pids.
+func numbersIn(path string) ([]int, error) {
+	directory, err := os.Open(path)
 	if err != nil {
-		return nil
+		return nil, err
 	}
 	defer directory.Close()
-	names, _ := directory.Readdirnames(-1)
-	entries := make([]processEntry, 0, len(names))
+	names, err := directory.Readdirnames(-1)
+	numbers := make([]int, 0, len(names))
 	for _, name := range names {
-		pid, err := strconv.Atoi(name)
-		if err != nil {
-			continue
+		if number, err := strconv.Atoi(name); err == nil {
+			numbers = append(numbers, number)
 		}
-		text, err := os.ReadFile("/proc/" + name + "/stat")
-		if err != nil {
-			continue
-		}
-		// The name is in parentheses and may contain some itself, so look for the last one.
-		fields := bytes.Fields(text[bytes.LastIndexByte(text, ')')+1:])
-		if len(fields) < statFields {
-			continue
-		}
-		entry := processEntry{pid: pid, zombie: fields[0][0] == 'Z'}
-		entry.parent, _ = strconv.Atoi(string(fields[1]))
-		entry.group, _ = strconv.Atoi(string(fields[2]))
-		entry.session, _ = strconv.Atoi(string(fields[3]))
-		entries = append(entries, entry)
 	}
-	return entries
+	return numbers, err
+}
+
+// readStat reads a `stat` of /proc, of a process or a thread, by three system calls: under gVisor each one is dear.
+func readStat(path string, pid int, buffer []byte) (processEntry, error) {
+	descriptor, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return processEntry{}, err
+	}
+	count, err := ignoringInterrupts(func() (int, error) { return syscall.Read(descriptor, buffer) })
+	_ = syscall.Close(descriptor)
+	if err != nil {
+		return processEntry{}, err
+	}
+	if count == 0 {
+		return processEntry{}, syscall.ESRCH
+	}
+	entry, ok := parseStat(buffer[:count])
+	if !ok {
+		return processEntry{}, syscall.EIO
+	}
+	entry.pid = pid
+	return entry, nil
+}
+
+func parseStat(text []byte) (processEntry, bool) {
+	// The name is in parentheses and may contain some itself, so look for the last one.
+	fields := bytes.Fields(text[bytes.LastIndexByte(text, ')')+1:])
+	if len(fields) <= statStarted {
+		return processEntry{}, false
+	}
+	entry := processEntry{state: fields[0][0], zombie: fields[0][0] == 'Z'}
+	entry.parent, _ = strconv.Atoi(string(fields[statParent]))
+	entry.group, _ = strconv.Atoi(string(fields[statGroup]))
+	entry.session, _ = strconv.Atoi(string(fields[statSession]))
+	entry.threads, _ = strconv.Atoi(string(fields[statThreads]))
+	flags, _ := strconv.ParseUint(string(fields[statFlags]), 10, 64)
+	entry.kernel = flags&kernelThread != 0
+	entry.started, _ = strconv.ParseUint(string(fields[statStarted]), 10, 64)
+	return entry, true
+}
+
+// look reads one process; false if it is gone.
+func look(pid int) (processEntry, bool) {
+	entry, err := readStat("/proc/"+strconv.Itoa(pid)+"/stat", pid, make([]byte, statBytes))
+	return entry, err == nil
 }
 
 // runs says whether a process exists and has not ended.
 func runs(pid int) bool {
-	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	if err != nil {
-		return false
-	}
-	fields := bytes.Fields(text[bytes.LastIndexByte(text, ')')+1:])
-	return len(fields) > 0 && fields[0][0] != 'Z'
+	entry, found := look(pid)
+	return found && !entry.zombie
 }
 
 // members returns the living processes of a tree. `reaped` says that the leader's pid is no longer its own: while its

@@ -24,6 +24,7 @@ const (
 	lostPoll      = 100 * time.Millisecond
 	maxReady      = 10 * time.Minute
 	maxReadyText  = 64 << 10
+	readyTail     = 1000
 )
 
 // interpreter is a baked process that forks on request.
@@ -60,7 +61,7 @@ func (r *Registry) bake(argv []string, env map[string]string, patience time.Dura
 	}
 	spec.Env[warmSocket] = socket
 	spec.Env[warmMark] = strings.Repeat("-", len(marker)+1+maxIDLength)
-	process, err := r.start(spec)
+	process, err := r.start(spec, cancel)
 	if err == nil {
 		err = process.awaitReady(patience, cancel)
 	}
@@ -116,10 +117,10 @@ func (p *Process) awaitReady(patience time.Duration, cancel <-chan struct{}) err
 		}
 		_, said, _ := p.outputs[1].readAt(0, text)
 		if p.exit != nil {
-			return faults.New("spawn_failed", "ended before it was ready: %s", tail(text[:said]))
+			return faults.New("spawn_failed", "ended before it was ready: %s", tail(text[:said], readyTail))
 		}
 		if !time.Now().Before(deadline) {
-			return faults.New("spawn_failed", "not ready in time: %s", tail(text[:said]))
+			return faults.New("spawn_failed", "not ready in time: %s", tail(text[:said], readyTail))
 		}
 		select {
 		case <-cancel:
@@ -138,8 +139,8 @@ func (p *Process) awaitExit() {
 	}
 }
 
-func tail(text []byte) string {
-	return strings.ToValidUTF8(string(text[max(0, len(text)-1000):]), "?")
+func tail(text []byte, limit int) string {
+	return strings.ToValidUTF8(string(text[max(0, len(text)-limit):]), "?")
 }
 
 func (r *Registry) interpreter() *interpreter {

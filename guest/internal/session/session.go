@@ -23,9 +23,10 @@ type Method func(stream *Stream, params []byte) error
 // Server is what all carriers share.
 type Server struct {
 	Methods map[string]Method
-	Welcome func(nonce string) any                        // the body of HELLO_OK
-	Token   func(token string) bool                       // is this TCP host the right one?
-	Admit   func(method string) (leave func(), err error) // refuses when sealed, keeps the idle clock
+	Welcome func(nonce string) any  // the body of HELLO_OK
+	Token   func(token string) bool // is this TCP host the right one?
+	// Admit refuses when sealed, waits while frozen, and keeps the idle clock.
+	Admit func(stream *Stream, method string) (leave func(), err error)
 
 	mutex    sync.Mutex
 	sessions map[*Session]struct{}
@@ -36,12 +37,14 @@ type Session struct {
 	server *Server
 	out    *writer
 	tag    uint32
+	hangUp func() // of a carrier that ends with its session
 
-	mutex   sync.Mutex
-	streams map[uint32]*Stream
-	last    uint32
-	partial []byte // of a CALL that goes on in the next frame
-	ended   bool
+	mutex     sync.Mutex
+	streams   map[uint32]*Stream
+	last      uint32
+	partial   []byte // of a CALL that goes on in the next frame
+	ended     bool
+	displaced bool // ended by EndOthers: its carrier serves the next one
 }
 
 // Serve speaks with whoever is at the other end until the source ends. When `trusted` a token is not asked for and a
@@ -64,7 +67,10 @@ func (server *Server) Serve(source io.Reader, sink io.Writer, trusted bool, gree
 		if err != nil {
 			return err
 		}
-		session := &Session{server: server, out: out, tag: hello.Tag, streams: map[uint32]*Stream{}}
+		session := &Session{server: server, out: out, tag: hello.Tag, hangUp: func() {}, streams: map[uint32]*Stream{}}
+		if closer, ok := source.(io.Closer); ok && !trusted {
+			session.hangUp = func() { _ = closer.Close() }
+		}
 		if fault := server.refuse(hello, trusted); fault != nil {
 			_ = out.send(session, true, session.opening(frames.Error, fault))
 			if !trusted {
@@ -134,6 +140,22 @@ func (server *Server) Broadcast(event any) {
 	}
 }
 
+// EndOthers ends every session but the one of this stream. They were opened with the machine that this one is a copy of,
+// and what they asked for is that one's business.
+func (server *Server) EndOthers(stream *Stream) {
+	server.mutex.Lock()
+	defer server.mutex.Unlock()
+	for session := range server.sessions {
+		if session != stream.session {
+			session.mutex.Lock()
+			session.displaced = true
+			session.mutex.Unlock()
+			session.abort()
+			session.hangUp()
+		}
+	}
+}
+
 func (session *Session) opening(kind frames.Kind, body any) []byte {
 	payload, _ := json.Marshal(body)
 	return append(bytes.Clone(frames.Magic), frames.Encode(frames.Frame{Kind: kind, Payload: payload}, session.tag)...)
@@ -147,7 +169,9 @@ func (session *Session) read(reader *frames.Reader) error {
 		if err != nil {
 			return err
 		}
-		if session.over() {
+		if ended, displaced := session.over(); displaced {
+			return frames.ErrViolation // A latecomer; the next session may follow.
+		} else if ended {
 			return io.ErrClosedPipe
 		}
 		if frame.Kind == frames.Call {
@@ -231,7 +255,7 @@ func (session *Session) answer(stream *Stream, payload []byte) {
 		stream.fail(faults.New("unknown_method", "%.80q", call.Method))
 		return
 	}
-	leave, err := session.server.Admit(call.Method)
+	leave, err := session.server.Admit(stream, call.Method)
 	if err != nil {
 		stream.fail(err)
 		return
@@ -261,10 +285,10 @@ func (session *Session) forget(stream *Stream) {
 	delete(session.streams, stream.ID)
 }
 
-func (session *Session) over() bool {
+func (session *Session) over() (ended, displaced bool) {
 	session.mutex.Lock()
 	defer session.mutex.Unlock()
-	return session.ended
+	return session.ended, session.displaced
 }
 
 func (session *Session) abort() {

@@ -44,6 +44,16 @@ func newStream(session *Session, id uint32, ended bool) *Stream {
 // Done is closed when the stream is aborted.
 func (s *Stream) Done() <-chan struct{} { return s.done }
 
+// Aborted says the same at once.
+func (s *Stream) Aborted() bool {
+	select {
+	case <-s.done:
+		return true
+	default:
+		return false
+	}
+}
+
 func (s *Stream) abort() {
 	s.mutex.Lock()
 	defer s.mutex.Unlock()

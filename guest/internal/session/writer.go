@@ -57,7 +57,7 @@ type writer struct {
 func (w *writer) send(session *Session, urgent bool, buffer []byte) error {
 	w.gate.lock(urgent)
 	defer w.gate.unlock()
-	if session.over() {
+	if ended, _ := session.over(); ended {
 		return ErrAborted
 	}
 	if _, err := w.sink.Write(buffer); err != nil {

@@ -284,7 +284,7 @@ class Bakery:
                     if warm:
                         say("warm", f"loading {', '.join(warm.python_modules) or 'Python'}")
                         await guest.warm(["pandastack:python", *warm.python_modules], ready_timeout_s=WARM_TIMEOUT_S)
-                    await guest.seal()
+                    await guest.seal(reason="bake")
                 finally:
                     await guest.close()
                 say("save", "saving memory and processes")

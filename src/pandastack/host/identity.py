@@ -1,5 +1,7 @@
 """Makes a restored guest a machine of its own: entropy, clock, hostname, machine id, environment and token.
 
+Then its hook `after-restore` runs, and processes that were frozen when it was saved go on.
+
 The gate every sandbox passes before it is handed out: a guest that does not confirm each step is destroyed.
 """
 
@@ -10,12 +12,13 @@ import secrets
 import time
 from dataclasses import dataclass
 
-from pandastack.errors import GuestError
-from pandastack.host.guest import Guest
+from pandastack.errors import GuestError, HookFailed
+from pandastack.host.guest import HOOK_TIMEOUT_S, Guest
 
-IDENTITY_TIMEOUT_S = 10.0
-# What a sandbox cannot be without. A runtime may supply entropy and clock itself; the guest then says so and is ok.
-REQUIRED_STEPS = frozenset({"entropy", "clock", "hostname", "machine_id", "env", "token"})
+IDENTITY_TIMEOUT_S = 10.0  # Without the hook.
+# What a sandbox cannot be without, in the guest's order. A runtime may supply entropy and clock itself; the guest then says
+# so and is ok.
+REQUIRED_STEPS = ("entropy", "clock", "hostname", "machine_id", "env", "token", "hooks", "processes")
 MAX_CLOCK_OFFSET_S = 0.5
 
 
@@ -43,8 +46,11 @@ def fresh(sandbox_id: str, hostname: str, env: dict[str, str], *, machine_id: st
     )
 
 
-async def confirm(guest: Guest, identity: Identity) -> None:
-    """Give the guest its identity and check its report. Raises GuestError naming the step that failed."""
+async def confirm(guest: Guest, identity: Identity, *, hook_timeout_s: float = HOOK_TIMEOUT_S) -> None:
+    """Give the guest its identity and check its report.
+
+    Raises GuestError naming the steps that failed; HookFailed if it is because of the hook.
+    """
     report = await guest.identity(
         sandbox_id=identity.sandbox_id,
         hostname=identity.hostname,
@@ -53,9 +59,13 @@ async def confirm(guest: Guest, identity: Identity) -> None:
         token=identity.token,
         env=identity.env,
         machine_id=identity.machine_id,
+        hook_timeout_s=hook_timeout_s,
         timeout_s=IDENTITY_TIMEOUT_S,
     )
-    failed = sorted(name for name in REQUIRED_STEPS if name not in report.steps or not report.steps[name].ok)
-    if failed:
-        step = report.steps.get(failed[0])
-        raise GuestError(f"the guest did not confirm its identity: {', '.join(failed)}", detail=step.detail if step is not None else None)
+    failed = [name for name in REQUIRED_STEPS if name not in report.steps or not report.steps[name].ok]
+    if not failed:
+        return
+    step = report.steps.get(failed[0])  # Later ones fail because of the first.
+    if failed[0] == "hooks" and step is not None:
+        raise HookFailed(step.detail[:500], detail=step.detail)
+    raise GuestError(f"the guest did not confirm its identity: {', '.join(failed)}", detail=step.detail if step is not None else None)

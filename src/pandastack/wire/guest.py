@@ -341,12 +341,16 @@ class IdentityReport(GuestShape):
 
 
 class Health(GuestShape):
-    """`live` counts running processes that are not baked; `idle_ms` is 0 while there are any."""
+    """`live` counts running processes that are not baked; `idle_ms` is 0 while there are any.
+
+    A machine that is `sealed` refuses calls, one that is `frozen`, too, lets them wait; its processes are stopped.
+    """
 
     version: Count
     build: Text
     uptime_ms: Count
     sealed: bool
+    frozen: bool
     live: Count
     baked: Count
     idle_ms: Count
@@ -397,8 +401,15 @@ class Counted(GuestShape):
     count: Count
 
 
-class Live(GuestShape):
+class Sealed(GuestShape):
+    """`live` as in Health; `frozen` is the number of processes that were stopped."""
+
     live: Count
+    frozen: Count
+
+
+class Continued(GuestShape):
+    continued: Count
 
 
 def _unbase64(text: str) -> bytes:

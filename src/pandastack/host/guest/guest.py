@@ -26,11 +26,13 @@ from pandastack.wire.guest import (
     Port,
     ProcessEntry,
     Resources,
+    Sealed,
     Started,
     WatchBatch,
 )
 
 ANSWER_TIMEOUT_S = 30.0
+HOOK_TIMEOUT_S = 10.0  # The guest's own default; it takes at most 120.
 Path = str | bytes
 
 
@@ -225,9 +227,13 @@ class Guest:
         token: str,
         env: Mapping[str, str],
         machine_id: str,
+        hook_timeout_s: float = HOOK_TIMEOUT_S,
         timeout_s: float | None = ANSWER_TIMEOUT_S,
     ) -> IdentityReport:
-        """Make this machine itself, and unseal it. `entropy` is 64 bytes; a failed step is in the report, not raised."""
+        """Make this machine itself, run its hook after-restore, and unseal it and what was frozen; `entropy` is 64 bytes.
+
+        A failed step is in the report, not raised: a sealed machine then stays sealed. `timeout_s` is beside the hook's time.
+        """
         params = {
             "sandbox_id": sandbox_id,
             "hostname": hostname,
@@ -236,12 +242,30 @@ class Guest:
             "token": token,
             "env": dict(env),
             "machine_id": machine_id,
+            "hook_timeout_ms": _milliseconds(hook_timeout_s),
         }
-        return await self.connection.request("machine.identity", params, IdentityReport, timeout_s=timeout_s)
+        return await self.connection.request("machine.identity", params, IdentityReport, timeout_s=_longer(timeout_s, hook_timeout_s))
 
-    async def seal(self, *, timeout_s: float | None = ANSWER_TIMEOUT_S) -> int:
-        """Refuse work until the next identity; returns the number of live user processes."""
-        return (await self.connection.request("machine.seal", {}, wire.Live, timeout_s=timeout_s)).live
+    async def seal(
+        self,
+        freeze: bool = False,
+        *,
+        reason: str = "snapshot",
+        hook_timeout_s: float = HOOK_TIMEOUT_S,
+        timeout_s: float | None = ANSWER_TIMEOUT_S,
+    ) -> Sealed:
+        """Run the hook before-snapshot, then refuse work until the next identity or `unseal`.
+
+        With `freeze` every process is stopped, and calls wait instead of being refused. `reason` (bake, snapshot, fork,
+        hibernate) is told to the hook; `timeout_s` is beside the hook's time. All or nothing: raises HookFailed, or GuestError
+        (`guest_code` is `not_frozen`), with everything running as before.
+        """
+        params = {"freeze": freeze, "reason": reason, "hook_timeout_ms": _milliseconds(hook_timeout_s)}
+        return await self.connection.request("machine.seal", params, Sealed, timeout_s=_longer(timeout_s, hook_timeout_s))
+
+    async def unseal(self, *, timeout_s: float | None = ANSWER_TIMEOUT_S) -> int:
+        """Take a seal back, without a new identity; returns how many frozen processes were continued. Idempotent."""
+        return (await self.connection.request("machine.unseal", {}, wire.Continued, timeout_s=timeout_s)).continued
 
     async def health(self, *, timeout_s: float | None = ANSWER_TIMEOUT_S) -> Health:
         return await self.connection.request("machine.health", {}, Health, timeout_s=timeout_s)
@@ -317,6 +341,14 @@ def _path(path: Path, name: str = "path") -> dict[str, str]:
         return {name: raw.decode()}
     except UnicodeDecodeError:
         return {f"{name}_b64": base64.b64encode(raw).decode()}
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def _longer(timeout_s: float | None, by_s: float) -> float | None:
+    return None if timeout_s is None else timeout_s + by_s
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -42,6 +42,7 @@ _BY_CODE: dict[str, type[PandastackError]] = {
     "not_executable": errors.InvalidRequest,
     "bad_cwd": errors.InvalidRequest,
     "unknown_user": errors.InvalidRequest,
+    "hook_failed": errors.HookFailed,
 }
 
 

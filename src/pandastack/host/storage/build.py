@@ -28,7 +28,7 @@ from pathlib import Path
 from pandastack.errors import DiskFull, HostUnfit, TemplateBuildError
 from pandastack.host.storage import commands, mirrors
 from pandastack.host.storage.failures import explain
-from pandastack.host.storage.recipes import Recipe, User, requirement_lines
+from pandastack.host.storage.recipes import Recipe, User, hooks, requirement_lines
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NOBODY = "65534"
@@ -296,15 +296,24 @@ class Builder:
             for user in self.recipe.users:
                 if user.sudo:
                     add(f"etc/sudoers.d/{user.name}", f"{user.name} ALL=(ALL:ALL) NOPASSWD:ALL\n".encode(), 0o440)
+
+            def add_folder(name: str) -> None:
+                entry = self._entry(name, 0o755)
+                entry.type = tarfile.DIRTYPE
+                tar.addfile(entry)
+
             folder = self.recipe.folder / "files"
             for file in sorted(folder.rglob("*")):
                 name = file.relative_to(folder).as_posix()
                 if file.is_dir():
-                    entry = self._entry(name, 0o755)
-                    entry.type = tarfile.DIRTYPE
-                    tar.addfile(entry)
+                    add_folder(name)
                 else:
                     add(name, file.read_bytes(), 0o755 if file.stat().st_mode & 0o100 else 0o644)
+            if programs := hooks(self.recipe):
+                add_folder("etc/pandastack")
+                add_folder("etc/pandastack/hooks")
+                for hook, program in programs.items():
+                    add(f"etc/pandastack/hooks/{hook}", program, 0o755)
 
     def _entry(self, name: str, mode: int, size: int = 0) -> tarfile.TarInfo:
         entry = tarfile.TarInfo(name)

@@ -1,8 +1,8 @@
 """Recipes: what a template is made of, as declared in `templates/<name>/template.toml`.
 
 Runs on a host; `images` reads recipes here and builds them. Nothing in this file starts a process or writes a file,
-so a recipe can be checked anywhere. A recipe folder holds `template.toml`, perhaps a requirements file, and perhaps
-`files/`, whose content is laid over the root of the image. `hooks/` is a reserved name.
+so a recipe can be checked anywhere. A recipe folder holds `template.toml`, perhaps a requirements file, perhaps `files/`,
+whose content is laid over the root of the image, and perhaps `hooks/`: programs that its sandboxes run around a snapshot.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from pandastack.errors import TemplateError, TemplateNotFound
 
 # Part of every digest: raise it when the builder makes a different image from the same recipe.
 BUILDER_VERSION = 3
+
+# What `hooks/` may hold: the guest runs them before a snapshot, and after a restore with the new identity in place.
+HOOKS = ("after-restore", "before-snapshot")
 
 # These describe a template or size a sandbox, but change nothing in the image, so editing them builds nothing anew.
 _NOT_BUILT_IN = {"label", "description", "category", "aliases", "tools", "cpu", "memory_mb", "disk_mb", "fallback", "build_space_mb"}
@@ -178,8 +181,17 @@ def _check_folder(recipe: Recipe, path: Path) -> None:
 
     if recipe.name != recipe.folder.name:
         raise wrong("name", f"is {recipe.name!r}, but the folder is {recipe.folder.name!r}", "give both the same name")
-    if (recipe.folder / "hooks").exists():
-        raise wrong("hooks", "is a reserved folder that nothing runs yet", "remove hooks/, or use packages and files/")
+    hooks = recipe.folder / "hooks"
+    if hooks.is_symlink() or (hooks.exists() and not hooks.is_dir()):
+        raise wrong("hooks", "is no folder", f"make it a folder with {' or '.join(HOOKS)}")
+    for hook in sorted(hooks.iterdir()) if hooks.exists() else []:
+        if hook.name not in HOOKS:
+            raise wrong("hooks", f"{hook.name!r} is no hook", f"the hooks are {' and '.join(HOOKS)}")
+        if hook.is_symlink() or not hook.is_file():
+            raise wrong("hooks", f"hooks/{hook.name} is a link, a folder or a special file", "use plain files")
+        # Without one the kernel cannot start it, and no sandbox of the template could be saved or handed out.
+        if not hook.read_bytes().startswith((b"#!", b"\x7fELF")):
+            raise wrong("hooks", f"hooks/{hook.name} does not say what runs it", "begin it with a line such as #!/bin/sh")
     if recipe.python:
         lock = recipe.folder / recipe.python.requirements
         if not lock.is_file():
@@ -207,6 +219,11 @@ def _files(folder: Path) -> Iterator[Path]:
     yield from sorted((folder / "files").rglob("*"))
 
 
+def hooks(recipe: Recipe) -> dict[str, bytes]:
+    """The programs of `hooks/` by name."""
+    return {name: (recipe.folder / "hooks" / name).read_bytes() for name in HOOKS if (recipe.folder / "hooks" / name).is_file()}
+
+
 def digest(chain: Sequence[Recipe], architecture: str) -> str:
     """The sha256 (hex) of all that decides an image's content; `chain` runs from the distribution to the template.
 
@@ -228,6 +245,8 @@ def digest(chain: Sequence[Recipe], architecture: str) -> str:
         if recipe.python:
             lock = requirement_lines(recipe.folder / recipe.python.requirements)
             parts["requirements"] = lock  # Comments of the lock may change without a new image.
+        if programs := hooks(recipe):
+            parts["hooks"] = {name: hashlib.sha256(program).hexdigest() for name, program in programs.items()}
         below = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return below
 

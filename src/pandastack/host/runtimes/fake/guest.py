@@ -10,11 +10,13 @@ import ast
 import base64
 import json
 import posixpath
+import re
 import secrets
 import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from pandastack.errors import GuestError, GuestGone, GuestProtocolError, GuestTimeout, PandastackError
@@ -29,14 +31,19 @@ _HEADER = struct.Struct(">BBHII")
 _PIECE_BYTES = 64 << 10
 _BACKLOG_BYTES = 512 << 10
 _ACTIVITY_DELAY_S = 0.02
-_STEPS = ("entropy", "clock", "hostname", "machine_id", "env", "token")
+_STEPS = ("entropy", "clock", "hostname", "machine_id", "env", "token", "hooks", "processes")
+_ABOUT_SEALS = ("machine.health", "machine.seal", "machine.unseal", "machine.identity")
+_HOOKS = b"/etc/pandastack/hooks/"
 
 Params = dict[str, Any]
 
 
 @dataclass
 class _Call:
-    """An open stream. `pump` sends what it can of a long answer; `finish` is called when the host has sent its last byte."""
+    """An open stream. `pump` sends what it can of a long answer; `finish` is called when the host has sent its last byte.
+
+    `held` is what the host sent after a call that waits for the end of a freeze; None while it does not wait.
+    """
 
     id: int
     params: Params
@@ -47,14 +54,18 @@ class _Call:
     process: Process | None = None
     pump: Callable[[], None] | None = None
     finish: Callable[[], Params] | None = None
+    held: list[tuple[int, bytes]] | None = None
 
 
 class FakeGuest:
     """`fault` is asked before each step (`hello`, or a method) whether it is to fail; `cpu_s` only grows."""
 
     def __init__(self, limits: Limits, fault: Callable[[str], PandastackError | None], saved: str | None = None) -> None:
-        state: Params = ast.literal_eval(saved) if saved else {"sealed": False, "hostname": "sandbox", "env": {}, "saved_at": 0.0}
+        state: Params = ast.literal_eval(saved) if saved else {
+            "sealed": False, "frozen_at": None, "hostname": "sandbox", "env": {}, "saved_at": 0.0,
+        }  # fmt: skip
         self.sealed: bool = state["sealed"]
+        self.frozen_at: float | None = state["frozen_at"]
         self.hostname: str = state["hostname"]
         self.env: dict[str, str] = state["env"]
         self.files = Files(state.get("files", {}), limits.disk_mib << 20)
@@ -67,6 +78,8 @@ class FakeGuest:
         self._tag: int | None = None
         self._calls: dict[int, _Call] = {}
         self._told, self._tell_at = False, 0.0
+        if self.frozen_at is not None:
+            self.frozen_at += now - state["saved_at"]
         self._world = shell.World(self._read_text_path, self._write_text_path, lambda: self.hostname, self._may_write)
         for one in state.get("processes", ()):
             process = Process(**one | {"jobs": [Job(**job) for job in one["jobs"]]})
@@ -78,8 +91,10 @@ class FakeGuest:
             self.processes[process.id] = process
 
     def save(self) -> str:
-        state = {"sealed": self.sealed, "hostname": self.hostname, "env": self.env, "saved_at": time.monotonic()}
-        return repr(state | {"files": self.files.nodes, "processes": [asdict(one) for one in self.processes.values()]})
+        state: Params = {"sealed": self.sealed, "frozen_at": self.frozen_at, "hostname": self.hostname, "env": self.env}
+        return repr(
+            state | {"saved_at": time.monotonic(), "files": self.files.nodes, "processes": [asdict(one) for one in self.processes.values()]}
+        )
 
     def _read_text_path(self, where: str) -> bytes | None:
         found = self.files.nodes.get(where.encode())
@@ -169,6 +184,8 @@ class FakeGuest:
                 self._attempt(call, lambda: self._begin(call))
         elif call is None:
             return  # It crossed with our last frame.
+        elif call.held is not None and kind != Kind.RESET:
+            call.held.append((kind, payload))
         elif kind == Kind.DATA:
             if call.process is not None:
                 call.process.stdin += payload
@@ -208,16 +225,19 @@ class FakeGuest:
         handler: Callable[[_Call, Params], Params | None] | None = getattr(self, "_" + method.replace(".", "_"), None)
         if handler is None or "." not in method:
             raise Fault("unknown_method")
+        if self.frozen_at is not None and method not in _ABOUT_SEALS:
+            call.held = []
+            return None
         if not method.startswith("machine."):
             self._last_call = time.monotonic()
         fault = self._fault(method)
         self._misbehave(fault)
         if isinstance(fault, GuestTimeout | GuestProtocolError):
             return None
-        if self.sealed and method not in ("machine.health", "machine.seal", "machine.identity"):
+        if self.sealed and method not in _ABOUT_SEALS:
             raise Fault("sealed", "the machine is sealed")
         if isinstance(fault, GuestError) and method == "machine.identity":
-            return self._report(False)
+            return self._report("entropy")
         if fault is not None:
             raise Fault("internal", "made to fail")
         self.cpu_s += 0.0001
@@ -225,7 +245,8 @@ class FakeGuest:
 
     def turn(self, now: float) -> float | None:
         """Let everything inside go as far as it can; returns when it wants to be called again, if at all."""
-        for process in self.processes.values():
+        moving = self.processes.values() if self.frozen_at is None else ()
+        for process in moving:
             self.cpu_s += shell.advance(process, now, self._world) * 1e-5
         for call in list(self._calls.values()):
             if call.pump is not None and len(self.out) < _BACKLOG_BYTES:
@@ -238,8 +259,8 @@ class FakeGuest:
                 self._send(Kind.EVENT, 0, wire.encode_json({"type": "activity", "live": self.live}))
         else:
             self._tell_at = 0.0
-        wakes = [job.wake for one in self.processes.values() for job in one.jobs if job.wake > now]
-        wakes += [one.deadline for one in self.processes.values() if one.deadline is not None and one.exit is None]
+        wakes = [job.wake for one in moving for job in one.jobs if job.wake > now]
+        wakes += [one.deadline for one in moving if one.deadline is not None and one.exit is None]
         return min([*wakes, *([self._tell_at] if self._tell_at else [])], default=None)
 
     @property
@@ -443,24 +464,67 @@ class FakeGuest:
     # The machine.
 
     def _machine_identity(self, _call: _Call, params: Params) -> Params:
-        self.hostname, self.env, self.sealed = params["hostname"], params["env"], False
+        _hook_limit(params)
+        self.hostname, self.env = params["hostname"], params["env"]
         self.files.write(b"/etc/hostname", params["hostname"].encode() + b"\n")
         self.files.write(b"/etc/machine-id", params["machine_id"].encode() + b"\n")
-        return self._report(True)
+        if not self._hook("after-restore"):
+            return self._report("hooks")
+        continued = self._thaw()
+        report = self._report(None)
+        report["steps"]["processes"]["detail"] = f"{continued} continued"
+        return report
 
-    @staticmethod
-    def _report(ok: bool) -> Params:
-        return {"steps": {name: {"ok": ok, "detail": "fake"} for name in _STEPS}, "offset_ns": 0}
+    def _report(self, failed: str | None) -> Params:
+        """That all steps were done, or those before the one that failed. A seal outlives a failure."""
+        at = _STEPS.index(failed) if failed else len(_STEPS)
+        return {"steps": {name: {"ok": _STEPS.index(name) < at, "detail": "fake"} for name in _STEPS}, "offset_ns": 0}
 
-    def _machine_seal(self, _call: _Call, _params: Params) -> Params:
+    def _hook(self, name: str) -> bool:
+        """False: it is there, and fails. One that is not executable is none."""
+        found = self.files.nodes.get(_HOOKS + name.encode(), {})
+        return found.get("type") != "file" or not found["mode"] & 0o111 or b"exit 1" not in found["data"]
+
+    def _machine_seal(self, _call: _Call, params: Params) -> Params:
+        _hook_limit(params)
+        if not re.fullmatch(r"[a-z-]{1,32}", params.get("reason", "snapshot")):
+            raise Fault("invalid", "reason")
+        if not self.sealed and not self._hook("before-snapshot"):
+            raise Fault("hook_failed", f"{_HOOKS.decode()}before-snapshot ended with exit code 1: ")
         self.sealed = True
-        return {"live": self.live}
+        if params.get("freeze") and self.frozen_at is None:
+            self.frozen_at = time.monotonic()
+        return {"live": self.live, "frozen": self._running if self.frozen_at is not None else 0}
+
+    def _machine_unseal(self, _call: _Call, _params: Params) -> Params:
+        return {"continued": self._thaw()}
+
+    def _thaw(self) -> int:
+        """Open the machine; what waited for it begins, in order. Time limits have stood still, sleeps have not."""
+        self.sealed = False
+        if self.frozen_at is None:
+            return 0
+        lost_s = time.monotonic() - self.frozen_at
+        self.frozen_at = None
+        for process in self.processes.values():
+            if process.deadline is not None:
+                process.deadline += lost_s
+        for call in [one for one in self._calls.values() if one.held is not None]:
+            held, call.held = call.held or [], None
+            self._attempt(call, partial(self._begin, call))
+            for kind, payload in held:
+                self._handle(kind, 0, call.id, payload)
+        return self._running
+
+    @property
+    def _running(self) -> int:
+        return sum(1 for one in self.processes.values() if one.jobs)
 
     def _machine_health(self, _call: _Call, _params: Params) -> Params:
         now = time.monotonic()
         idle = 0 if self.live else round((now - self._last_call) * 1000)
         baked = sum(1 for one in self.processes.values() if one.baked)
-        counts = {"sealed": self.sealed, "live": self.live, "baked": baked, "idle_ms": idle}
+        counts = {"sealed": self.sealed, "frozen": self.frozen_at is not None, "live": self.live, "baked": baked, "idle_ms": idle}
         return {"version": 1, "build": "fake", "uptime_ms": round((now - self._born) * 1000), **counts}
 
     def _machine_resources(self, _call: _Call, _params: Params) -> Params:
@@ -474,6 +538,11 @@ class FakeGuest:
 
     def _machine_warm(self, _call: _Call, params: Params) -> Params:
         return self._started(self._start({"shell": "sleep 1e9", "id": "warm"}, argv=params["argv"], baked=True, warm=True))
+
+
+def _hook_limit(params: Params) -> None:
+    if not 1 <= params.get("hook_timeout_ms", 10_000) <= 120_000:
+        raise Fault("invalid", "hook_timeout_ms is from 1 to 120000")
 
 
 def _is_text(raw: bytes) -> bool:
