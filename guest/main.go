@@ -121,14 +121,15 @@ func accept(listener net.Listener, server *session.Server) {
 	}
 }
 
-// resetIgnored gives the default back to ignored signals that Go does not let anybody catch, such as those of job control.
+// resetIgnored gives the default back to ignored signals that Go does not let anybody catch: those of job control, and
+// 32 and 33, which C libraries keep for themselves and some programs ignore (make then hands that on to all it starts).
 func resetIgnored() {
 	status, _ := os.ReadFile("/proc/self/status")
 	_, rest, _ := strings.Cut(string(status), "\nSigIgn:")
 	line, _, _ := strings.Cut(rest, "\n")
 	mask, _ := strconv.ParseUint(strings.TrimSpace(line), 16, 64)
 	var byDefault [4]uint64 // struct sigaction of the kernel: all zero is SIG_DFL
-	for number := uintptr(1); number < 32; number++ {
+	for number := uintptr(1); number <= 64; number++ {
 		if mask&(1<<(number-1)) != 0 {
 			_, _, _ = syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, number, uintptr(unsafe.Pointer(&byDefault)), 0, 8, 0, 0)
 		}

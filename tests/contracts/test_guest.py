@@ -178,7 +178,7 @@ class TestProcesses:
 
     async def test_signals_are_not_ignored_by_inheritance(self, guest: Guest) -> None:
         out, _, _ = await run(guest, argv=["grep", "-E", "^Sig(Ign|Blk)", "/proc/self/status"])
-        assert all(int(line.split()[1], 16) == 0 for line in out.splitlines())
+        assert all(int(line.split()[1], 16) == 0 for line in out.splitlines()), out
 
     async def test_environment_directory_and_user(self, guest: Guest) -> None:
         out, _, _ = await run(guest, shell='echo "$A $HOME $USER $PWD"', env={"A": "ä b"}, cwd="/tmp")
