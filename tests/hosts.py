@@ -163,6 +163,8 @@ class World:
         self.slots = slots
         self.totals = Totals(memory_mib=100_000, cpu=64, disk_mib=100_000, sandboxes=sandboxes)
         self.baked = False
+        for folder in ("rootfs", "guest"):
+            (root / folder).mkdir(exist_ok=True)
 
     def build(self) -> HostService:
         """The parts of a host, joined; nothing has happened yet."""

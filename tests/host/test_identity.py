@@ -85,3 +85,25 @@ def test_no_two_sandboxes_share_anything_secret() -> None:
         assert len({getattr(one, field) for one in made}) == 50
     assert {len(one.entropy) for one in made} == {64}
     assert identity.fresh("id", "name", {}, machine_id="kept").machine_id == "kept"
+
+
+class _Late:
+    """A guest whose runtime owns the clock, and that is off by `offset_s` as it sees it."""
+
+    def __init__(self, offset_s: float) -> None:
+        self._offset_ns = round(offset_s * 1e9)
+
+    async def identity(self, **_: object) -> IdentityReport:
+        steps = {name: IdentityStep(ok=True, detail="runtime" if name == "clock" else "set") for name in identity.REQUIRED_STEPS}
+        return IdentityReport(steps=steps, offset_ns=self._offset_ns)
+
+
+@pytest.mark.parametrize(("offset_s", "fits"), [(0.0, True), (0.4, True), (-0.4, True), (-0.6, False), (0.6, False), (3600.0, False)])
+@pytest.mark.anyio
+async def test_a_clock_that_cannot_be_set_must_be_right(offset_s: float, fits: bool) -> None:
+    confirming = identity.confirm(_Late(offset_s), identity.fresh("id", "name", {}))  # type: ignore[arg-type]
+    if fits:
+        await confirming
+    else:
+        with pytest.raises(GuestError):
+            await confirming

@@ -51,10 +51,11 @@ async def confirm(guest: Guest, identity: Identity, *, hook_timeout_s: float = H
 
     Raises GuestError naming the steps that failed; HookFailed if it is because of the hook.
     """
+    asked_ns, began = time.time_ns(), time.monotonic()
     report = await guest.identity(
         sandbox_id=identity.sandbox_id,
         hostname=identity.hostname,
-        unix_ns=time.time_ns(),
+        unix_ns=asked_ns,
         entropy=identity.entropy,
         token=identity.token,
         env=identity.env,
@@ -64,8 +65,16 @@ async def confirm(guest: Guest, identity: Identity, *, hook_timeout_s: float = H
     )
     failed = [name for name in REQUIRED_STEPS if name not in report.steps or not report.steps[name].ok]
     if not failed:
+        if report.steps["clock"].detail == "runtime":
+            _check_clock(report.offset_ns / 1e9, time.monotonic() - began)
         return
     step = report.steps.get(failed[0])  # Later ones fail because of the first.
     if failed[0] == "hooks" and step is not None:
         raise HookFailed(step.detail[:500], detail=step.detail)
     raise GuestError(f"the guest did not confirm its identity: {', '.join(failed)}", detail=step.detail if step is not None else None)
+
+
+def _check_clock(offset_s: float, took_s: float) -> None:
+    """A clock that cannot be set must be right already. What it seems to be ahead is also the time the call took to arrive."""
+    if not -MAX_CLOCK_OFFSET_S <= offset_s <= MAX_CLOCK_OFFSET_S + took_s:
+        raise GuestError(f"the guest's clock is {offset_s:.3f} s off and cannot be set")

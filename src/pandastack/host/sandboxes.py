@@ -336,6 +336,8 @@ class Sandboxes:
                     sandbox.watch.cancel()
                 if sandbox.guest is not None:
                     await sandbox.guest.close()
+                if sandbox.machine is not None:
+                    sandbox.machine.let_go()
 
 
 def _limits(request: HostCreate, default: Limits) -> Limits:

@@ -192,8 +192,11 @@ class States:
             )
         for path, what in ((rootfs, "image"), (guest, "guest daemon")):
             if not path.is_dir():
+                log.error("what a saved state needs is gone", snapshot_id=saved.manifest.id, path=str(path))
                 raise SnapshotUnusable(
-                    f"the {what} that the saved state needs is gone from the cache", hint=f"restore {path}", reason="missing"
+                    f"the {what} that the saved state needs is gone from this host",
+                    hint=f"bring it back: pandastack template bake {origin.template_actual}",
+                    reason="missing",
                 )
         saved_limits = Limits(cpu=origin.cpu, memory_mib=origin.memory_mb, disk_mib=origin.disk_mb)
         return SlotKey(rootfs, limits or saved_limits, saved.folder, guest)

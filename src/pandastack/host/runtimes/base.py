@@ -133,6 +133,10 @@ class Machine(Protocol):
         """Wait until the machine is over, however long that takes, and say why. Cancel it freely."""
         ...
 
+    def let_go(self) -> None:
+        """Close what this process holds of it. It runs on, for a later `adopt`; this object is of no more use."""
+        ...
+
     async def stop(self) -> None:
         """Kill it and remove every process, cgroup, socket and state file of it. The disk directory is the caller's."""
         ...

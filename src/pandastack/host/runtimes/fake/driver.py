@@ -131,6 +131,9 @@ class FakeMachine:
         assert self._over is not None  # noqa: S101
         return self._over
 
+    def let_go(self) -> None:
+        """Nothing: both ends live in this process."""
+
     async def stop(self) -> None:
         await self._runtime.step("stop")
         self.remove()

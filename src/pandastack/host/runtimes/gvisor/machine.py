@@ -199,15 +199,18 @@ class GvisorMachine:
         killed = await asyncio.to_thread(self._cgroup.oom_kills)
         return "oom" if killed else "exited"
 
-    async def stop(self) -> None:
+    def let_go(self) -> None:
         if self.stdio is not None:
             for end in self.stdio:
                 end.close()
             self.stdio = None
-        await asyncio.to_thread(self._stop)
         for pidfd in self._pidfds:
             os.close(pidfd)
         self._pidfds = []
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._stop)
+        self.let_go()
 
 
 def _has_ended(pidfd: int) -> bool:
