@@ -642,12 +642,12 @@ class TestFreeze:
             await guest.start(ProcessSpec(argv=["python3", "-c", hopping], id="hopping"))
         await asyncio.sleep(0.3)
         for _ in range(5):
-            assert (await guest.seal(freeze=True)).frozen > 1
+            assert (await guest.seal(freeze=True)).frozen >= 1
             states = below(daemon.pid)
             assert set(states.values()) <= {"T", "Z"}
             await asyncio.sleep(0.1)
             assert below(daemon.pid) == states
-            assert await guest.unseal() > 1
+            assert await guest.unseal() >= 1
             await asyncio.sleep(0.05)
         if guest.connection.greeting.pid != 1:
             await guest.signal("spawning", 9)

@@ -25,7 +25,9 @@ func TestParseStat(t *testing.T) {
 }
 
 func TestLevelsOf(t *testing.T) {
-	process := func(pid, parent int) processEntry { return processEntry{pid: pid, parent: parent, state: 'S', threads: 1} }
+	process := func(pid, parent int) processEntry {
+		return processEntry{pid: pid, parent: parent, state: 'S', threads: 1}
+	}
 	kernel, dead := process(2, 0), process(9, 5)
 	kernel.kernel, dead.zombie, dead.state = true, true, 'Z'
 	headless := process(10, 5)
