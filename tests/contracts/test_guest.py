@@ -538,7 +538,10 @@ class Follower:
             self.seen += piece.data
 
     async def shows(self, text: bytes, after: int = 0) -> None:
-        await until(lambda: text in self.seen[after:])
+        try:
+            await until(lambda: text in self.seen[after:])
+        except TimeoutError:
+            pytest.fail(f"no {text!r} in {bytes(self.seen)!r}")
 
 
 async def become(
@@ -604,7 +607,7 @@ class TestFreeze:
 
     @pytest.mark.parametrize(
         "foreground",
-        ["cat", "python3 -uc 'import sys\nfor line in sys.stdin: print(line.strip())'", "bash --norc -ic cat", "(cat; true) | cat"],
+        ["cat", "python3 -uc 'import sys; [print(line.strip()) for line in sys.stdin]'", "bash --norc -ic cat", "(cat; true) | cat"],
         ids=["cat", "python", "shell in shell", "pipeline"],
     )
     async def test_a_shell_with_job_control_does_not_notice(self, guest: Guest, foreground: str) -> None:
@@ -612,7 +615,8 @@ class TestFreeze:
         screen = Follower(shell)
         await shell.write(b"PS1='pro''mpt> '; sleep 60 &\n")
         await screen.shows(b"prompt> ")
-        await shell.write(foreground.encode() + b"; echo st''atus $?\n")
+        await shell.write(b"echo rea''dy; " + foreground.encode() + b"; echo st''atus $?\n")
+        await screen.shows(b"ready\r\n")  # What is typed earlier may be taken by the shell.
         for turn in range(8):
             at = len(screen.seen)
             await shell.write(b"line %d\n" % turn)
@@ -638,12 +642,12 @@ class TestFreeze:
             await guest.start(ProcessSpec(argv=["python3", "-c", hopping], id="hopping"))
         await asyncio.sleep(0.3)
         for _ in range(5):
-            assert (await guest.seal(freeze=True)).frozen > 1
+            assert (await guest.seal(freeze=True)).frozen >= 1
             states = below(daemon.pid)
             assert set(states.values()) <= {"T", "Z"}
             await asyncio.sleep(0.1)
             assert below(daemon.pid) == states
-            assert await guest.unseal() > 1
+            assert await guest.unseal() >= 1
             await asyncio.sleep(0.05)
         if guest.connection.greeting.pid != 1:
             await guest.signal("spawning", 9)
@@ -664,7 +668,9 @@ class TestFreeze:
         assert "S" not in below(daemon.pid).values()
         await guest.unseal()
         await until(lambda: "R" in below(daemon.pid).values())
-        await guest.signal("headless", 9)
+        # Nor does the end of the first thread save the others from being killed.
+        assert await guest.signal("headless", 9) == 1
+        await until(lambda: "R" not in below(daemon.pid).values())
 
     async def test_a_call_waits_for_the_end_of_the_freeze(self, guest: Guest, tmp_path: Path) -> None:
         await guest.seal(freeze=True)

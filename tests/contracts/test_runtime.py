@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from hosts import until
-from pandastack.errors import HostUnfit, PandastackError, RuntimeFailed
+from pandastack.errors import GuestError, HookFailed, HostUnfit, PandastackError, RuntimeFailed
 from pandastack.host import app, identity
 from pandastack.host.guest import Guest, ProcessSpec
 from pandastack.host.keeper import Keeper
@@ -32,6 +32,7 @@ from pandastack.host.runtimes.fake import FakeRuntime
 from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
 from pandastack.host.storage.disks import Disks
 from pandastack.host.storage.images import Images
+from pandastack.wire.guest import Sealed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
@@ -310,6 +311,105 @@ async def test_a_sealed_machine_gets_an_identity_when_it_is_restored(bench: Benc
             await say(guest, "true")
         await identity.confirm(guest, identity.fresh("00000000-0000-4000-8000-000000000001", "mine", {"NAME": "value"}))
         assert await say(guest, "hostname; echo $NAME") == ("mine\nvalue\n", 0)
+
+
+async def test_a_frozen_machine_is_saved_on_the_way_and_its_copies_are_others(bench: Bench) -> None:
+    """A live fork: the parent loses nothing, a copy does nothing before it is itself, and nothing asked of the parent."""
+    into = bench.root / "saved"
+    into.mkdir()
+    counting = (
+        "i=0; while :; do i=$((i+1)); echo $i >> /root/count; sleep 0.01; done" if bench.real else "sleep 0.6; echo late >> /root/count"
+    )
+    async with bench.started() as (machine, guest):
+        await guest.start(ProcessSpec(shell=counting, id="counting"))
+        await guest.start(ProcessSpec(argv=["cat"], stdin=True, id="cat"))
+        await asyncio.sleep(0.3)
+        sealed = await guest.seal(freeze=True, reason="fork")
+        assert sealed.live == 2
+        assert sealed.frozen >= 2
+        asked = asyncio.create_task(guest.write_file("/root/asked", b"of the parent"))
+        assert (await guest.health()).frozen
+        await machine.snapshot(into, resume=True)
+        assert not asked.done()
+        assert await guest.unseal() == sealed.frozen
+        assert await asked == 13
+        assert await guest.write_stdin("cat", b"parent\n", close=True) == 7
+        assert (await guest.wait("cat", timeout_s=60)).stdout_bytes == 7
+        await asyncio.sleep(0.5)
+        lines = (await say(guest, "cat /root/count"))[0].split()
+        assert lines == ([str(n) for n in range(1, len(lines) + 1)] if bench.real else ["late"])
+    copies = [await bench.prepared(), await bench.prepared()]
+    for number, copy in enumerate(copies):
+        await copy.restore(into)
+        async with bench.guest_of(copy) as guest:
+            health = await guest.health()
+            assert (health.sealed, health.frozen, health.live) == (True, True, 2)
+            waiting = asyncio.create_task(say(guest, "hostname; echo $NAME"))
+            await asyncio.sleep(0.3)
+            assert not waiting.done()
+            await identity.confirm(guest, identity.fresh("00000000-0000-4000-8000-000000000001", f"copy{number}", {"NAME": "value"}))
+            assert await waiting == (f"copy{number}\nvalue\n", 0)
+            health = await guest.health()
+            assert (health.sealed, health.frozen) == (False, False)
+            with pytest.raises(FileNotFoundError):
+                await guest.stat("/root/asked")
+            assert await guest.write_stdin("cat", b"copy\n", close=True) == 5
+            assert (await guest.wait("cat", timeout_s=60)).stdout_bytes == 5
+            await asyncio.sleep(0.7)
+            lines = (await say(guest, "cat /root/count"))[0].split()
+            assert lines == ([str(n) for n in range(1, len(lines) + 1)] if bench.real else ["late"])
+
+
+async def test_a_freeze_holds_and_can_be_taken_back(bench: Bench) -> None:
+    async with bench.started() as (_, guest):
+        await guest.start(ProcessSpec(shell="sleep 0.3; echo done", timeout_s=2, id="p"))
+        assert (await guest.seal()).frozen == 0
+        with pytest.raises(GuestError) as refused:
+            await say(guest, "true")
+        assert refused.value.guest_code == "sealed"
+        assert await guest.unseal() == 0
+        sealed = await guest.seal(freeze=True)
+        assert sealed == await guest.seal(freeze=True)
+        gone = asyncio.create_task(guest.write_file("/root/never", b"x" * (2 << 20)))
+        kept = asyncio.create_task(guest.write_file("/root/kept", b"x" * (2 << 20)))
+        await asyncio.sleep(2.5)
+        assert not kept.done()
+        gone.cancel()
+        assert await guest.unseal() == sealed.frozen
+        assert await guest.unseal() == 0
+        end = await guest.wait("p", timeout_s=30)
+        assert (end.code, end.reason) == (0, "exited")
+        assert await kept == 2 << 20
+        with pytest.raises(FileNotFoundError):
+            await guest.stat("/root/never")
+        for wrong in ({"reason": "A"}, {"hook_timeout_ms": 120_001}):
+            with pytest.raises(PandastackError):
+                await guest.connection.request("machine.seal", wrong, Sealed, timeout_s=10)
+        assert not (await guest.health()).sealed
+
+
+async def test_hooks_decide_whether_a_machine_is_saved_and_handed_out(bench: Bench) -> None:
+    hook, fails = "/etc/pandastack/hooks/", b"#!/bin/sh\nexit 1\n"
+    async with bench.started() as (_, guest):
+        await guest.start(ProcessSpec(argv=["sleep", "60"], id="p"))
+        await guest.write_file(hook + "before-snapshot", fails, mode=0o755)
+        with pytest.raises(HookFailed):
+            await guest.seal(freeze=True)
+        health = await guest.health()
+        assert (health.sealed, health.frozen) == (False, False)
+        await guest.chmod(hook + "before-snapshot", mode=0o644)
+        await guest.write_file(hook + "after-restore", fails, mode=0o755)
+        assert (await guest.seal(freeze=True)).frozen == 1
+        fresh = identity.fresh("00000000-0000-4000-8000-000000000001", "mine", {})
+        with pytest.raises(HookFailed):
+            await identity.confirm(guest, fresh)
+        health = await guest.health()
+        assert (health.sealed, health.frozen) == (True, True)
+        assert await guest.unseal() == 1
+        await guest.write_file(hook + "after-restore", b"#!/bin/sh\n", mode=0o755)
+        await guest.seal(freeze=True)
+        await identity.confirm(guest, fresh)
+        assert await say(guest, "hostname") == ("mine\n", 0)
 
 
 async def test_a_saved_state_that_is_none_is_refused(bench: Bench) -> None:

@@ -274,7 +274,7 @@ func (f *frozen) state(entry processEntry, one named) byte {
 }
 
 func (e processEntry) over() bool {
-	return e.zombie && e.threads <= 1 || e.state == 'X' || e.state == 'x'
+	return e.zombie || e.state == 'X' || e.state == 'x'
 }
 
 // awaitStopped waits for parents, for a moment: one in the middle of waitpid must stop before its child does.

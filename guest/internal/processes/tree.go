@@ -26,7 +26,7 @@ type processEntry struct {
 	state                       byte
 	kernel                      bool
 	started                     uint64 // ticks after the boot: with the pid it names a process for good
-	zombie                      bool
+	zombie                      bool // over, and not reaped yet
 }
 
 // scan reads all of /proc once, and leaves out what cannot be read.
@@ -96,11 +96,12 @@ func parseStat(text []byte) (processEntry, bool) {
 	if len(fields) <= statStarted {
 		return processEntry{}, false
 	}
-	entry := processEntry{state: fields[0][0], zombie: fields[0][0] == 'Z'}
+	entry := processEntry{state: fields[0][0]}
 	entry.parent, _ = strconv.Atoi(string(fields[statParent]))
 	entry.group, _ = strconv.Atoi(string(fields[statGroup]))
 	entry.session, _ = strconv.Atoi(string(fields[statSession]))
 	entry.threads, _ = strconv.Atoi(string(fields[statThreads]))
+	entry.zombie = entry.state == 'Z' && entry.threads <= 1 // Its first thread may end before the others.
 	flags, _ := strconv.ParseUint(string(fields[statFlags]), 10, 64)
 	entry.kernel = flags&kernelThread != 0
 	entry.started, _ = strconv.ParseUint(string(fields[statStarted]), 10, 64)
