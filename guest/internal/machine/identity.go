@@ -18,10 +18,14 @@ import (
 )
 
 const (
-	entropyBytes    = 64
-	clockTolerance  = 50 * time.Millisecond
-	rndAddEntropy   = 0x40085203
-	rndReseed       = 0x5207
+	entropyBytes   = 64
+	clockTolerance = 50 * time.Millisecond
+	rndAddEntropy  = 0x40085203
+	rndReseed      = 0x5207
+
+	capabilityVersion = 0x20080522
+	capSysTime        = 25
+
 	hostsMark       = "# pandastack"
 	maxTokenBytes   = 1024
 	identityFileMax = 1 << 20
@@ -196,16 +200,27 @@ func setClock(hostUnixNS int64, arrived time.Time) (offsetNS int64, detail strin
 		return offsetNS, "kept", nil
 	}
 	now := syscall.NsecToTimespec(hostUnixNS + int64(time.Since(arrived)))
-	switch _, _, errno := syscall.Syscall(syscall.SYS_CLOCK_SETTIME, 0, uintptr(unsafe.Pointer(&now)), 0); errno {
-	case 0:
+	_, _, errno := syscall.Syscall(syscall.SYS_CLOCK_SETTIME, 0, uintptr(unsafe.Pointer(&now)), 0)
+	switch {
+	case errno == 0:
 		return offsetNS, "stepped", nil
-	case syscall.ENOSYS, syscall.EPERM:
-		// The daemon is root, so the kernel has no clock to set: gVisor's is the host's.
-		// What was seen is how long the call was under way; the host judges it.
+	case errno == syscall.ENOSYS || errno == syscall.EPERM && maySetClock():
+		// This kernel has no clock of its own: gVisor's is the host's, and what was seen is how long the call was under way.
+		// The host judges that.
 		return offsetNS, "runtime", nil
-	default:
-		return offsetNS, "", fmt.Errorf("clock_settime: %w", errno)
 	}
+	return offsetNS, "", fmt.Errorf("clock_settime: %w", errno)
+}
+
+// maySetClock says whether this process has the capability for it.
+func maySetClock() bool {
+	header := struct {
+		version uint32
+		pid     int32
+	}{version: capabilityVersion}
+	var data [2]struct{ effective, permitted, inheritable uint32 }
+	_, _, errno := syscall.RawSyscall(syscall.SYS_CAPGET, uintptr(unsafe.Pointer(&header)), uintptr(unsafe.Pointer(&data)), 0)
+	return errno == 0 && data[0].effective&(1<<capSysTime) != 0
 }
 
 func setHostname(name string) error {

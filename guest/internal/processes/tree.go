@@ -26,7 +26,7 @@ type processEntry struct {
 	state                       byte
 	kernel                      bool
 	started                     uint64 // ticks after the boot: with the pid it names a process for good
-	zombie                      bool // over, and not reaped yet
+	zombie                      bool   // over, and not reaped yet
 }
 
 // scan reads all of /proc once, and leaves out what cannot be read.
