@@ -34,9 +34,9 @@ from pandastack.host.sandboxes import Sandboxes
 from pandastack.host.states import States
 from pandastack.host.storage.images import Image, Progress
 from pandastack.host.storage.recipes import Recipe
-from pandastack.host.storage.snapshots import Snapshots
+from pandastack.host.storage.snapshots import Kind, Origin, Saved, Snapshots
 from pandastack.wire.host import HostCreate, Output, ProcessExit
-from pandastack.wire.ids import HostId, SandboxId, new_process_id, new_sandbox_id
+from pandastack.wire.ids import HostId, SandboxId, SnapshotId, new_process_id, new_sandbox_id
 from pandastack.wire.processes import ExecRequest
 
 T = TypeVar("T")
@@ -97,6 +97,29 @@ class SteppingLedger(Ledger):
         if error := self._runtime.guest_fault("ledger.remove"):
             raise error
         super().remove(sandbox_id)
+
+
+class SteppingSnapshots(Snapshots):
+    """The real ones; what they do takes part by name: `saved.publish` before, `saved.published` after, `saved.check`, `saved.delete`."""
+
+    def __init__(self, root: Path, runtime: FakeRuntime) -> None:
+        super().__init__(root, low_water_mib=0)
+        self._runtime = runtime
+
+    async def publish(self, snapshot_id: SnapshotId, kind: Kind, origin: Origin) -> Saved:
+        await self._runtime.step("saved.publish")
+        saved = await super().publish(snapshot_id, kind, origin)
+        await self._runtime.step("saved.published")
+        return saved
+
+    async def check(self, snapshot_id: str) -> Saved:
+        await self._runtime.step("saved.check")
+        return await super().check(snapshot_id)
+
+    async def delete(self, snapshot_id: str) -> None:
+        if snapshot_id:
+            await self._runtime.step("saved.delete")
+        await super().delete(snapshot_id)
 
 
 class OneImage:
@@ -176,7 +199,7 @@ class World:
         admission = Admission(self.totals, free_disk_mib=lambda: 100_000, free_memory_mib=lambda: 100_000)
         ledger = SteppingLedger(self.root / "ledger", self.runtime)
         registry = Registry(ledger, machines, admission)
-        states = States(registry, Snapshots(self.root / "snapshots", low_water_mib=0), runtime_key="fake")
+        states = States(registry, SteppingSnapshots(self.root / "snapshots", self.runtime), runtime_key="fake")
         forks = Forks(states, self.root / "captures")
         forks.open()
         sandboxes = Sandboxes(registry, states, bakery, slots=self.slots)

@@ -250,9 +250,8 @@ class TestHibernate:
             await host.hibernate(box, reason="idle", idle_for_s=0.0)
         assert (await host.get(box)).status == "running"
         await host.signal_process(box, ProcessId("memory"), SignalRequest(signal="KILL"))
-        async with asyncio.timeout(30):
-            while (await host.get(box)).idle_s <= 0.1:
-                await asyncio.sleep(0.05)
+        sandbox = host.sandboxes.registry.get(box)
+        await until(lambda: sandbox.idle_for(0.1), 30)
         assert (await host.hibernate(box, reason="idle", idle_for_s=0.1)).status == "hibernated"
 
     async def test_a_paused_one_can_be_hibernated(self, host: HostService, box: SandboxId, memory: Memory) -> None:

@@ -140,8 +140,9 @@ class States:
         self.snapshots.require_space(usage.memory_bytes)
         sandbox.held = True
         try:
-            await guest.seal(freeze=True, reason=reason)
             try:
+                # Inside: one that was refused has been undone, but of one without an answer nobody knows.
+                await guest.seal(freeze=True, reason=reason)
                 yield machine
             finally:
                 if sandbox.status in ("running", "paused"):

@@ -145,8 +145,11 @@ class SocketControl:
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
         # `key` must be null: an empty string makes an image that does not restore.
         argument: dict[str, Any] = {"key": None, "metadata": {"compression": "none"}, "have_pages_file": True, "Resume": resume}
+        # A heap that was only zeroed costs nothing; looking for zeros is cheaper than writing them.
         if self._dialect == "2024":
-            argument["MemoryFileSaveOpts"] = {}
+            argument["MemoryFileSaveOpts"] = {"ExcludeCommittedZeroPages": True}
+        else:
+            argument["app_mf_exclude_committed_zero_pages"] = True
         with _opened(into, flags) as fds:
             self._call("containerManager.Checkpoint", argument, fds, timeout_s=STATE_TIMEOUT_S)
 
