@@ -58,7 +58,7 @@ def test_both_have_the_same_signatures(blocking: type, asynchronous: type) -> No
 def test_the_two_forms_of_explore_are_one() -> None:
     def shape(function: Callable[..., object]) -> list[tuple[str, str]]:
         return [
-            (str(one.replace(annotation=one.empty)), re.sub("Async", "", one.annotation))
+            (str(one.replace(annotation=one.empty)), re.sub("Async", "", str(one.annotation)))
             for one in inspect.signature(function).parameters.values()
         ]
 

@@ -45,7 +45,7 @@ class World:
         return [verb for verb, _, _ in self.asked]
 
     def __call__(self, request: Request) -> Answer | Streamed:
-        body = json.loads(request.body) if request.body else {}
+        body = json.loads(request.body) if request.body and request.content_type == "application/json" else {}
         parts = [part for part in re.split(r"[/?]", request.path) if part]
         verb = f"{request.method} {parts[2] if len(parts) > 2 else parts[0]}"
         self.asked.append((verb, parts[1] if len(parts) > 1 else "", body))
