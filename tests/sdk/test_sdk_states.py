@@ -40,20 +40,26 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("verb", "reply", "status"),
     [
-        ("pause", answer(status=204), "paused"),
-        ("resume", answer(status=204), "running"),
         ("hibernate", answer({"status": "hibernated"}), "hibernated"),
         ("wake", answer({"status": "running"}), "running"),
         ("wake", answer(status=204), "running"),
     ],
 )
-def test_the_status_follows_the_change(verb: str, reply: Any, status: str) -> None:
+def test_the_status_follows_hibernate_and_wake(verb: str, reply: Any, status: str) -> None:
     sandbox, transport = using(broken(), reply)
     assert getattr(sandbox, verb)() is None
     assert sandbox.status == status
     assert sandbox.status_reason == (None if status == "running" else "request")
     # The state is named, not a step, so a lost answer is asked for again; nothing is in the body.
     assert [(request.method, request.path, request.body) for request in transport.requests] == [("POST", f"/sandboxes/s1/{verb}", None)] * 2
+
+
+@pytest.mark.parametrize(("verb", "status"), [("pause", "paused"), ("pause", "hibernated"), ("resume", "running")])
+def test_what_a_pause_led_to_is_asked_for(verb: str, status: str) -> None:
+    sandbox, transport = using(broken(), answer(status=204), answer({"id": "s1", "status": status}))
+    assert getattr(sandbox, verb)() is None
+    assert sandbox.status == status
+    assert [request.path for request in transport.requests] == [f"/sandboxes/s1/{verb}"] * 2 + ["/sandboxes/s1"]
 
 
 def test_a_failed_change_leaves_the_status() -> None:

@@ -220,11 +220,6 @@ class AsyncSandbox(AsyncStates):
         """What the sandbox costs its host: bytes and seconds."""
         return await self._client._call(calls.metrics(self.id))
 
-    async def refresh(self) -> Self:
-        """Ask again, and return itself."""
-        self._take(await self._client._call(calls.get(self.id)))
-        return self
-
     async def __aenter__(self) -> Self:
         return self
 

@@ -198,11 +198,6 @@ class Sandbox(States):
         """What the sandbox costs its host: bytes and seconds."""
         return self._client._call(calls.metrics(self.id))
 
-    def refresh(self) -> Self:
-        """Ask again, and return itself."""
-        self._take(self._client._call(calls.get(self.id)))
-        return self
-
     def __enter__(self) -> Self:
         return self
 

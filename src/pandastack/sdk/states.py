@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Self, overload
 
 from pandastack.sdk import branches
 from pandastack.sdk import explore as explorer
@@ -24,12 +24,22 @@ class States(Facts):
 
     _client: Client
 
+    def refresh(self) -> Self:
+        """Ask again, and return itself."""
+        self._take(self._client._call(calls.get(self.id)))
+        return self
+
     def pause(self) -> None:
-        """Stop everything inside at once; memory stays where it is, and no CPU is used until `resume`."""
-        self._is_now(self._client._call(calls.pause(self.id)))
+        """Stop everything inside; memory stays where it is, and no CPU is used until `resume`, or until a request needs it.
+
+        One that is hibernated stays hibernated.
+        """
+        self._client._call(calls.pause(self.id))
+        self.refresh()
 
     def resume(self) -> None:
-        self._is_now(self._client._call(calls.resume(self.id)))
+        self._client._call(calls.resume(self.id))
+        self.refresh()
 
     def hibernate(self) -> None:
         """Write memory and files to disk and free the machine. The next request to it wakes it; so does `wake`."""
@@ -131,12 +141,22 @@ class AsyncStates(Facts):
 
     _client: AsyncClient
 
+    async def refresh(self) -> Self:
+        """Ask again, and return itself."""
+        self._take(await self._client._call(calls.get(self.id)))
+        return self
+
     async def pause(self) -> None:
-        """Stop everything inside at once; memory stays where it is, and no CPU is used until `resume`."""
-        self._is_now(await self._client._call(calls.pause(self.id)))
+        """Stop everything inside; memory stays where it is, and no CPU is used until `resume`, or until a request needs it.
+
+        One that is hibernated stays hibernated.
+        """
+        await self._client._call(calls.pause(self.id))
+        await self.refresh()
 
     async def resume(self) -> None:
-        self._is_now(await self._client._call(calls.resume(self.id)))
+        await self._client._call(calls.resume(self.id))
+        await self.refresh()
 
     async def hibernate(self) -> None:
         """Write memory and files to disk and free the machine. The next request to it wakes it; so does `wake`."""

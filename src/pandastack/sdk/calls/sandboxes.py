@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from pandastack import errors
-from pandastack.sdk.calls.call import DEFAULT_READ_S, Answer, Call, build, items_of, nothing, parse, reads, segment, validated
+from pandastack.sdk.calls.call import Answer, Call, build, items_of, nothing, parse, reads, segment, validated
 from pandastack.sdk.results import Lifecycle
 from pandastack.wire import sandboxes as wire
 from pandastack.wire.sandboxes import SandboxMetrics, SandboxView
@@ -106,30 +106,29 @@ def _read_lifecycle(answer: Answer) -> Lifecycle:
     return cast(Lifecycle, parse(wire.Lifecycle, answer.json()).model_dump())
 
 
-def pause(sandbox_id: str) -> Call[str]:
-    return _to_state(sandbox_id, "pause", "paused")
+def pause(sandbox_id: str) -> Call[None]:
+    return Call(build("POST", f"{root(sandbox_id)}/pause", safe_to_repeat=True), nothing)
 
 
-def resume(sandbox_id: str) -> Call[str]:
-    return _to_state(sandbox_id, "resume", "running")
+def resume(sandbox_id: str) -> Call[None]:
+    return Call(build("POST", f"{root(sandbox_id)}/resume", safe_to_repeat=True), nothing)
 
 
 def hibernate(sandbox_id: str) -> Call[str]:
-    return _to_state(sandbox_id, "hibernate", "hibernated", HIBERNATE_READ_S)
+    return _to_state(sandbox_id, "hibernate", "hibernated")
 
 
 def wake(sandbox_id: str) -> Call[str]:
-    return _to_state(sandbox_id, "wake", "running", HIBERNATE_READ_S)
+    return _to_state(sandbox_id, "wake", "running")
 
 
-def _to_state(sandbox_id: str, verb: str, status: str, read_s: float = DEFAULT_READ_S) -> Call[str]:
-    """They name the state to reach and not a step, so sending one twice is the same as once."""
-    request = build("POST", f"{root(sandbox_id)}/{verb}", safe_to_repeat=True, read_s=read_s)
+def _to_state(sandbox_id: str, verb: str, status: str) -> Call[str]:
+    """They name the state to reach and not a step, as pause and resume do: sending one twice is the same as once."""
+    request = build("POST", f"{root(sandbox_id)}/{verb}", safe_to_repeat=True, read_s=HIBERNATE_READ_S)
     return Call(request, lambda answer: _read_status(answer, status))
 
 
 def _read_status(answer: Answer, reached: str) -> str:
-    """The status it has now; pause and resume answer with nothing."""
     data = answer.json() if answer.body else None
     said = data.get("status") if isinstance(data, dict) else None
     return said if isinstance(said, str) and said else reached
