@@ -14,8 +14,9 @@ import pytest
 from pandastack.control import store
 from pandastack.control.store import Store
 from pandastack.control.store.sandboxes import SandboxRow
+from pandastack.control.store.snapshots import SnapshotRow
 from pandastack.control.store.tokens import TokenRow
-from pandastack.wire.ids import HostId, TenantId, new_sandbox_id
+from pandastack.wire.ids import HostId, TenantId, new_sandbox_id, new_snapshot_id
 
 pytestmark = pytest.mark.anyio
 
@@ -74,7 +75,7 @@ async def test_a_sandbox_is_read_as_it_was_written_and_only_by_its_tenant(record
     assert await records.sandboxes.list(theirs) == []
     assert not await records.sandboxes.mark_deleting(theirs, made.id)
     assert not await records.sandboxes.set_lifecycle(theirs, made.id, ttl_seconds=1)
-    assert not await records.creates.complete(theirs, made.id, {}, response_status=201, response_body=b"")
+    assert not await records.creates.complete(theirs, {made.id: {}}, response_status=201, response_body=b"")
     with pytest.raises(ValueError, match="belongs"):
         await records.sandboxes.insert(theirs, row(ours))
     assert await records.sandboxes.find(ours, made.id) == made
@@ -84,7 +85,7 @@ async def test_only_the_first_of_two_changes_of_state_wins(records: Store, ours:
     made = row(ours)
     await records.sandboxes.insert(ours, made)
     results = await asyncio.gather(
-        *(records.creates.complete(ours, made.id, {"boot_ms": n}, response_status=201, response_body=b"") for n in range(5)),
+        *(records.creates.complete(ours, {made.id: {"boot_ms": n}}, response_status=201, response_body=b"") for n in range(5)),
         records.sandboxes.mark_deleting(ours, made.id),
     )
     assert sum(results[:5]) <= 1
@@ -165,32 +166,147 @@ async def test_a_list_is_newest_first_filtered_and_paged(records: Store, ours: T
 @pytest.mark.parametrize("key", [None, "k"])
 async def test_a_create_is_begun_once_per_key_and_undone_whole(records: Store, ours: TenantId, key: str | None) -> None:
     rows = [row(ours) for _ in range(20)]
-    begun = await asyncio.gather(*(records.creates.begin(ours, one, key=key, request_hash=bytes(32), expire_before_us=0) for one in rows))
+    begun = await asyncio.gather(*(records.creates.begin(ours, [one], key=key, request_hash=bytes(32), expire_before_us=0) for one in rows))
     assert sum(begun) == (20 if key is None else 1)
     assert len(await records.sandboxes.list(ours)) == sum(begun)
     made = rows[begun.index(True)]
     if key is not None:
         found = await records.creates.find(ours, key, newer_than_us=0)
         assert found is not None
-        assert (found.sandbox_id, found.response_status) == (made.id, None)
+        assert found.response_status is None
     await records.sandboxes.remove_of_any_tenant(made.id)
     if key is not None:
         assert await records.creates.find(ours, key, newer_than_us=0) is None
-        assert await records.creates.begin(ours, row(ours), key=key, request_hash=bytes(32), expire_before_us=0)
+        assert await records.creates.begin(ours, [row(ours)], key=key, request_hash=bytes(32), expire_before_us=0)
 
 
 async def test_an_answer_outlives_its_sandbox_and_then_expires(records: Store, ours: TenantId, theirs: TenantId) -> None:
     made = row(ours, created_us=100)
-    await records.creates.begin(ours, made, key="k", request_hash=b"h" * 32, expire_before_us=0)
-    assert await records.creates.complete(ours, made.id, {"runtime": "fake"}, response_status=201, response_body=b"{}")
+    await records.creates.begin(ours, [made], key="k", request_hash=b"h" * 32, expire_before_us=0)
+    assert await records.creates.complete(ours, {made.id: {"runtime": "fake"}}, response_status=201, response_body=b"{}")
     await records.sandboxes.remove_of_any_tenant(made.id)
     found = await records.creates.find(ours, "k", newer_than_us=100)
     assert found is not None
     assert (found.response_status, found.response_body, found.request_hash) == (201, b"{}", b"h" * 32)
     assert await records.creates.find(theirs, "k", newer_than_us=0) is None
     assert await records.creates.find(ours, "k", newer_than_us=101) is None
-    assert await records.creates.begin(ours, row(ours, created_us=200), key="k", request_hash=bytes(32), expire_before_us=101)
+    assert await records.creates.begin(ours, [row(ours, created_us=200)], key="k", request_hash=bytes(32), expire_before_us=101)
     assert await records.creates.prune_of_any_tenant(older_than_us=10**9) == 0
+
+
+async def test_a_key_of_several_sandboxes_is_free_when_the_last_is_undone(records: Store, ours: TenantId) -> None:
+    rows = [row(ours) for _ in range(3)]
+    assert await records.creates.begin(ours, rows, key="k", request_hash=bytes(32), expire_before_us=0)
+    for one in rows:
+        assert await records.creates.find(ours, "k", newer_than_us=0) is not None
+        await records.sandboxes.remove_of_any_tenant(one.id)
+    assert await records.creates.find(ours, "k", newer_than_us=0) is None
+
+
+async def test_several_sandboxes_begin_and_complete_together_or_not_at_all(records: Store, ours: TenantId) -> None:
+    rows = [row(ours) for _ in range(3)]
+    assert not await records.creates.begin(ours, [*rows, rows[0]], key="twice", request_hash=bytes(32), expire_before_us=0)
+    assert await records.sandboxes.list(ours) == []
+    assert await records.creates.begin(ours, rows, key="k", request_hash=bytes(32), expire_before_us=0)
+    for one in rows:
+        await records.sandboxes.find(ours, one.id)
+    await records.sandboxes.mark_deleting(ours, rows[1].id)
+    facts: dict[Any, dict[str, Any]] = {one.id: {"boot_ms": n} for n, one in enumerate(rows)}
+    assert not await records.creates.complete(ours, facts, response_status=201, response_body=b"{}")
+    found = [await records.sandboxes.find(ours, one.id) for one in rows]
+    assert [one.status for one in found if one] == ["creating", "deleting", "creating"]
+    del facts[rows[1].id]
+    assert await records.creates.complete(ours, facts, response_status=201, response_body=b"{}")
+    answer = await records.creates.find(ours, "k", newer_than_us=0)
+    assert answer is not None
+    assert answer.response_body == b"{}"
+    for one in rows:
+        await records.sandboxes.remove_of_any_tenant(one.id)
+    assert await records.creates.find(ours, "k", newer_than_us=0) is not None
+
+
+async def test_the_state_of_a_usable_sandbox_follows_its_host(records: Store, ours: TenantId) -> None:
+    made = row(ours, status="running")
+    await records.sandboxes.insert(ours, made)
+    for status, reason in (("paused", "request"), ("hibernated", "idle"), ("hibernated", "request"), ("running", None)):
+        assert await records.sandboxes.set_state_of_any_tenant(made.id, status, reason)
+        found = await records.sandboxes.find(ours, made.id)
+        assert found is not None
+        # What it is already keeps the reason for which it became so.
+        assert (found.status, found.status_reason) == (status, "idle" if status == "hibernated" else reason)
+    with pytest.raises(ValueError, match="failed"):
+        await records.sandboxes.set_state_of_any_tenant(made.id, "failed", None)
+    await records.sandboxes.set_state_of_any_tenant(made.id, "paused", None)
+    assert await records.sandboxes.set_lifecycle(ours, made.id, keep_awake_us=5)
+    assert await records.sandboxes.mark_failed_of_any_tenant(made.id, "host_restarted", 1)
+    assert not await records.sandboxes.set_state_of_any_tenant(made.id, "running", None)
+    assert await records.sandboxes.mark_found_of_any_tenant(made.id, "hibernated", "shutdown")
+    assert await records.sandboxes.mark_deleting(ours, made.id)
+    assert not await records.sandboxes.set_state_of_any_tenant(made.id, "running", None)
+    assert not await records.sandboxes.set_state_of_any_tenant(new_sandbox_id(), "running", None)
+
+
+async def test_expiry_waits_until_a_sandbox_is_not_kept_awake_any_more(records: Store, ours: TenantId) -> None:
+    made = row(ours, status="running", keep_awake_us=100)
+    await records.sandboxes.insert(ours, made)
+    assert not await records.sandboxes.expire_of_any_tenant(made.id, ttl_seconds=60, statuses=("running",), now_us=99)
+    assert await records.sandboxes.expire_of_any_tenant(made.id, ttl_seconds=60, statuses=("running",), now_us=100)
+
+
+async def test_siblings_are_the_other_children_of_the_same_fork(records: Store, ours: TenantId, theirs: TenantId) -> None:
+    def child(tenant: TenantId, tree: str | None, parent: str | None) -> SandboxRow:
+        return row(tenant, fork_tree_id=tree, fork_parent_id=parent)
+
+    same = [child(ours, "t", "p") for _ in range(3)]
+    for one in [*same, child(theirs, "t", "p"), child(ours, "t", "q"), child(ours, "u", "p"), child(ours, None, None)]:
+        await records.sandboxes.insert(one.tenant_id, one)
+    assert {one.id for one in await records.sandboxes.siblings(ours, same[0])} == {same[1].id, same[2].id}
+    assert await records.sandboxes.siblings(ours, child(ours, None, None)) == []
+
+
+def snapshot(tenant: TenantId, **values: Any) -> SnapshotRow:
+    known: dict[str, Any] = {
+        "id": new_snapshot_id(), "tenant_id": tenant, "host_id": HostId("h"), "sandbox_id": new_sandbox_id(), "status": "capturing",
+        "template": "base", "cpu": 1.0, "memory_mb": 512, "disk_mb": 2048, "created_us": 1,
+    }  # fmt: skip
+    return SnapshotRow(**known | values)
+
+
+async def test_a_snapshot_goes_through_its_states_in_order_and_is_its_tenants(records: Store, ours: TenantId, theirs: TenantId) -> None:
+    made = snapshot(ours)
+    await records.snapshots.insert(ours, made)
+    with pytest.raises(ValueError, match="belongs"):
+        await records.snapshots.insert(theirs, snapshot(ours))
+    assert await records.snapshots.find(ours, made.id) == made
+    assert await records.snapshots.find(theirs, made.id) is None
+    assert await records.snapshots.list(ours) == []
+    assert not await records.snapshots.mark_deleting(ours, made.id)
+    assert not await records.snapshots.mark_verified_of_any_tenant(made.id)
+    assert not await records.snapshots.mark_failed_of_any_tenant(made.id, "x")
+    assert not await records.snapshots.complete(theirs, made.id, {})
+    assert await records.snapshots.complete(ours, made.id, {"size_bytes": 1 << 40})
+    assert not await records.snapshots.complete(ours, made.id, {})
+    assert await records.snapshots.mark_verified_of_any_tenant(made.id)
+    assert await records.snapshots.mark_failed_of_any_tenant(made.id, "missing")
+    assert not await records.snapshots.mark_verified_of_any_tenant(made.id)
+    (found,) = await records.snapshots.list(ours)
+    assert (found.status, found.status_reason, found.size_bytes) == ("failed", "missing", 1 << 40)
+    assert not await records.snapshots.mark_deleting(theirs, made.id)
+    for _ in range(2):
+        assert await records.snapshots.mark_deleting(ours, made.id)
+    assert await records.snapshots.list(ours) == []
+    assert await records.snapshots.ids_of_any_tenant() == {made.id}
+    await records.snapshots.remove_of_any_tenant(made.id)
+    assert await records.snapshots.find(ours, made.id) is None
+
+
+async def test_snapshots_are_listed_newest_first_by_sandbox(records: Store, ours: TenantId, theirs: TenantId) -> None:
+    rows = [snapshot(ours, status="durable", created_us=n // 2, sandbox_id=f"s{n % 2}") for n in range(6)]
+    for one in [*rows, snapshot(theirs, status="durable")]:
+        await records.snapshots.insert(one.tenant_id, one)
+    listed = await records.snapshots.list(ours)
+    assert [one.id for one in listed] == [one.id for one in sorted(rows, key=lambda one: (one.created_us, one.id), reverse=True)]
+    assert {one.sandbox_id for one in await records.snapshots.list(ours, sandbox_id="s1")} == {"s1"}
 
 
 async def test_tokens_belong_to_their_tenant(records: Store, ours: TenantId, theirs: TenantId) -> None:

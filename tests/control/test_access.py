@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pandastack.control.routes import document
-from pandastack.wire.ids import ProcessId, new_sandbox_id
+from pandastack.wire.ids import ProcessId, new_sandbox_id, new_snapshot_id
 
 from .world import World
 
@@ -26,6 +26,19 @@ ROUTES: dict[tuple[str, str], tuple[str | None, dict[str, Any]]] = {
     ("GET", BOX + "/lifecycle"): ("read", {}),
     ("PATCH", BOX + "/lifecycle"): ("write", {"json": {"ttl_seconds": 600}}),
     ("GET", BOX + "/metrics"): ("read", {}),
+    ("POST", BOX + "/pause"): ("write", {}),
+    ("POST", BOX + "/resume"): ("write", {}),
+    ("POST", BOX + "/hibernate"): ("write", {}),
+    ("POST", BOX + "/wake"): ("write", {}),
+    ("POST", BOX + "/stop"): ("write", {}),
+    ("POST", BOX + "/start"): ("write", {}),
+    ("POST", BOX + "/snapshots"): ("write", {}),
+    ("POST", BOX + "/fork"): ("write", {"json": {}}),
+    ("POST", BOX + "/fork-tree"): ("write", {"json": {}}),
+    ("POST", BOX + "/promote"): ("write", {"json": {}}),
+    ("GET", "/v1/snapshots"): ("read", {}),
+    ("GET", "/v1/snapshots/{snapshot_id}"): ("read", {}),
+    ("DELETE", "/v1/snapshots/{snapshot_id}"): ("write", {}),
     ("POST", BOX + "/exec"): ("write", {"json": {"cmd": "true"}}),
     ("POST", BOX + "/exec/stream"): ("write", {"json": {"cmd": "true"}}),
     ("POST", BOX + "/processes"): ("write", {"json": {"cmd": "true"}}),
@@ -65,7 +78,13 @@ OPEN = {key for key, (scope, _) in ROUTES.items() if scope is None}
 
 
 async def ask(client: Any, method: str, path: str, how: dict[str, Any], **names: str) -> Any:
-    known = {"sandbox_id": str(new_sandbox_id()), "process_id": "p1", "name": "base", "prefix": "pds_00000000"} | names
+    known = {
+        "sandbox_id": str(new_sandbox_id()),
+        "snapshot_id": str(new_snapshot_id()),
+        "process_id": "p1",
+        "name": "base",
+        "prefix": "pds_00000000",
+    } | names
     return await client.request(method, path.format(**known), **how)
 
 
@@ -125,7 +144,7 @@ async def test_another_tenants_sandbox_looks_like_an_unknown_one(w: World, metho
     assert foreign.status_code == 404
     assert same(foreign, unknown)
     changed = {name for name in w.host.calls if w.host.calls[name] != before.get(name)}
-    assert changed <= {"events", "list", "get"}, "the host was asked about it"
+    assert changed <= {"events", "list", "get", "list_snapshots"}, "the host was asked about it"
     assert sandbox in w.host.sandboxes
 
 

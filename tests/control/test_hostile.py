@@ -96,7 +96,7 @@ async def test_hostile_ids(w: World, value: str) -> None:
     for (method, path), (_, how) in ROUTES.items():
         if "{" not in path:
             continue
-        names = dict.fromkeys(("sandbox_id", "process_id", "name", "prefix"), value)
+        names = dict.fromkeys(("sandbox_id", "snapshot_id", "process_id", "name", "prefix"), value)
         answer = await ask(w.ours, method, path, how, **names)
         check(answer, flat=method != "HEAD")
         if value not in ("..", "?"):

@@ -11,6 +11,7 @@ import pytest
 
 from pandastack.control.fake_host import FakeHost
 from pandastack.control.store import migrations
+from pandastack.control.store.sandboxes import USABLE
 from pandastack.wire.host import HostCreate
 from pandastack.wire.ids import SandboxId, new_sandbox_id
 
@@ -69,7 +70,7 @@ def revive(host: FakeHost) -> None:
 
 async def agree(w: World) -> list[str]:
     """The oracle: every row is a running sandbox of the host, and the other way round."""
-    rows = await w.parts.store.sandboxes.list_of_any_tenant("creating", "running", "failed", "deleting")
+    rows = await w.parts.store.sandboxes.list_of_any_tenant("creating", *USABLE, "failed", "deleting")
     assert {row.status for row in rows} <= {"running"}
     assert {row.id for row in rows} == set(w.host.sandboxes)
     return [row.id for row in rows]
@@ -134,11 +135,13 @@ async def test_sandboxes_their_host_has_lost_are_failed(database: Path) -> None:
     host = FakeHost()
     async with world(database, host) as w:
         sandbox = await w.sandbox()
+    lost = host.sandboxes[SandboxId(sandbox)]
     host.lose_everything()
     async with world(database, host) as w:
         body = (await w.ours.get(f"/v1/sandboxes/{sandbox}")).json()
         assert (body["status"], body["status_reason"]) == ("failed", "host_restarted")
         # The host finds it after all, and says so.
+        host.sandboxes[SandboxId(sandbox)] = lost
         host._tell("adopted", SandboxId(sandbox), None)
         async with asyncio.timeout(5):
             while (await w.ours.get(f"/v1/sandboxes/{sandbox}")).json()["status"] != "running":

@@ -9,19 +9,9 @@ import pytest
 from pandastack.control.fake_host import FakeHost
 from pandastack.errors import CapacityError, DiskFull, HostUnfit, RuntimeFailed
 
-from .world import World, until, world
+from .world import World, eventually, until, world
 
 pytestmark = pytest.mark.anyio
-
-
-async def eventually(check: Any, *, within_s: float = 3.0) -> Any:
-    """What `check` returns once it is true; waits on the condition, not for a time."""
-    async with asyncio.timeout(within_s):
-        while True:
-            found = await check()
-            if found:
-                return found
-            await asyncio.sleep(0.005)
 
 
 # Create

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,11 @@ class World:
         answer = await self.ours.post("/v1/sandboxes", json=body)
         assert answer.status_code == 201, answer.text
         return str(answer.json()["id"])
+
+    async def status(self, sandbox: str) -> tuple[str, str | None]:
+        """What one of our sandboxes says it is, and why."""
+        body = (await self.ours.get(f"/v1/sandboxes/{sandbox}")).json()
+        return body["status"], body["status_reason"]
 
     def client(self, key: str | None) -> httpx2.AsyncClient:
         headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -91,6 +96,16 @@ async def until(condition: Callable[[], object], *, within_s: float = 5.0) -> No
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 - the things that change here have no event
             await asyncio.sleep(0.002)
+
+
+async def eventually(check: Callable[[], Awaitable[Any]], *, within_s: float = 5.0) -> Any:
+    """What `check` returns once it is true; waits on the condition, not for a time."""
+    async with asyncio.timeout(within_s):
+        while True:
+            found = await check()
+            if found:
+                return found
+            await asyncio.sleep(0.005)
 
 
 def events(text: str) -> list[tuple[str, dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """Builds every part of the control plane and joins them. Read this first.
 
-    app -> routes -> parts -> gateway | reconcile -> sandboxes -> access | placement | templates -> work -> store | hosts | meters
+    app -> routes -> parts -> gateway | reconcile -> forks | snapshots -> states -> sandboxes -> creates | access | placement | templates
+        -> work -> store | hosts | meters
 
 `build` is called by whoever starts the process, with the host it should use. Starting is the same as recovering: the
 store is opened (and migrated), records and host are made to agree, then the first request is answered. Stopping
@@ -19,23 +20,40 @@ from starlette.exceptions import HTTPException
 
 from pandastack.control import logs, store
 from pandastack.control.access import Keys
+from pandastack.control.creates import Creates
+from pandastack.control.forks import Forks
 from pandastack.control.gateway import Gateway
 from pandastack.control.hosts import Host
 from pandastack.control.meters import Meters
 from pandastack.control.parts import Parts
 from pandastack.control.reconcile import Reconciler
-from pandastack.control.routes import answers, document, exec, files, processes, sandboxes, system, templates, tokens
+from pandastack.control.routes import (
+    answers,
+    document,
+    exec,
+    files,
+    forks,
+    processes,
+    sandboxes,
+    snapshots,
+    states,
+    system,
+    templates,
+    tokens,
+)
 from pandastack.control.routes.edge import Edge
 from pandastack.control.routes.requests import invalid
 from pandastack.control.sandboxes import Sandboxes
 from pandastack.control.settings import ControlSettings, version
+from pandastack.control.snapshots import Snapshots
+from pandastack.control.states import States
 from pandastack.control.templates import Bakes
 from pandastack.control.work import Crew
 from pandastack.errors import BadRequestError, CapacityError, NotFoundError, PandastackError, SandboxTimeout, ServerError
 
 log = structlog.get_logger(__name__)
 
-MODULES = (sandboxes, exec, processes, files, templates, tokens, system)
+MODULES = (sandboxes, states, snapshots, forks, exec, processes, files, templates, tokens, system)
 
 
 def build(settings: ControlSettings, host: Host) -> FastAPI:
@@ -75,8 +93,11 @@ async def assemble(settings: ControlSettings, host: Host, records: store.Store, 
     crew = await stack.enter_async_context(Crew(meters, grace_s=settings.shutdown_grace_s))
     keys = Keys(records)
     bakes = Bakes(host, crew)
-    service = Sandboxes(records, host, bakes, crew, settings, meters)
-    reconciler = Reconciler(records, host, service, keys, crew, settings, meters)
+    creates = Creates(records, host, crew, settings)
+    service = Sandboxes(records, host, creates, bakes, crew, settings, meters)
+    changes = States(records, host, service, crew, settings, meters)
+    saved = Snapshots(records, host, changes, crew, settings, meters)
+    reconciler = Reconciler(records, host, creates, service, changes, saved, keys, crew, settings, meters)
     try:
         await reconciler.sweep()
     except Exception:
@@ -91,6 +112,9 @@ async def assemble(settings: ControlSettings, host: Host, records: store.Store, 
         crew=crew,
         keys=keys,
         sandboxes=service,
+        states=changes,
+        snapshots=saved,
+        forks=Forks(records, host, creates, service, changes, crew, settings, meters),
         bakes=bakes,
         gateway=Gateway(host, settings, meters),
         reconciler=reconciler,

@@ -7,7 +7,7 @@ import base64
 import re
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pandastack.errors import FileConflict, FileNotFound
 from pandastack.wire.files import ChangeMode, FileEntry, FileEvent
@@ -32,6 +32,12 @@ class FakeFiles:
         self._nodes: dict[bytes, Node] = {path: Node(None, 0o755) for path in (b"/", b"/root", b"/tmp", b"/home", b"/dev")}
         self._nodes[b"/dev/null"] = Node(b"", 0o666)
         self._watchers: list[tuple[bytes, bool, asyncio.Queue[FileEvent]]] = []
+
+    def copied(self) -> FakeFiles:
+        """The same files for somebody else; neither sees what the other does from here on."""
+        copy = FakeFiles()
+        copy._nodes = {path: replace(node) for path, node in self._nodes.items()}
+        return copy
 
     def content(self, path: bytes) -> bytes | None:
         node = self._nodes.get(_clean(path))

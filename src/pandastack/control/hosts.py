@@ -5,8 +5,9 @@ client on the bus. `FakeHost` (control/fake_host.py) is the third. `tests/contra
 
 Every method may raise `SandboxNotFound` where it takes a sandbox id, `SandboxNotRunning` where it needs one that can be used,
 and a `GuestError` where it asks the daemon inside. What needs the daemon resumes a paused sandbox and wakes a hibernated one
-first, once for all who ask (CapacityError where it does not fit); `get`, `list` and `metrics` wake nothing. Iterators are async generators: close them (`contextlib.aclosing`) and
-the work they stand for is given up, except that a started process goes on until it ends or is signalled.
+first, once for all who ask (CapacityError where it does not fit); `get`, `list` and `metrics` wake nothing. Iterators are async
+generators: close them (`contextlib.aclosing`) and the work they stand for is given up, except that a started process goes on
+until it ends or is signalled.
 Paths are bytes, absolute, and are resolved only inside the sandbox.
 """
 

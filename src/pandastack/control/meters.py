@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _LATENCY_S = (0.0005, 0.001, 0.0015, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120)
-STATUSES = ("creating", "running", "failed", "deleting")
+STATUSES = ("creating", "running", "paused", "hibernated", "failed", "deleting")
 
 
 class Meters:
@@ -28,6 +28,22 @@ class Meters:
             "pandastack_creates", "Creates by outcome: ok, replayed, or the error's code.", ["outcome"], registry=self.registry
         )
         self.create_s = Histogram("pandastack_create_seconds", "Successful creates.", registry=self.registry)
+        self.forks = Counter(
+            "pandastack_forks", "Forks by outcome: ok, replayed, or the error's code.", ["outcome"], registry=self.registry
+        )
+        self.fork_s = Histogram("pandastack_fork_seconds", "Successful forks, all children together.", registry=self.registry)
+        self.snapshots = Counter(
+            "pandastack_snapshots", "Snapshots by outcome: ok or the error's code.", ["outcome"], registry=self.registry
+        )
+        self.verifications = Counter(
+            "pandastack_snapshot_verifications", "Trial restores by outcome: ok, later, failed.", ["outcome"], registry=self.registry
+        )
+        self.hibernations = Counter(
+            "pandastack_hibernations", "Hibernations asked for, by cause and outcome.", ["cause", "outcome"], registry=self.registry
+        )
+        self.wakes = Counter(
+            "pandastack_wakes", "Wakes asked for, by outcome: ok or the error's code.", ["outcome"], registry=self.registry
+        )
         self.deletes = Counter("pandastack_deletes", "Sandboxes deleted, by cause.", ["cause"], registry=self.registry)
         self.bytes_in = Counter("pandastack_bytes_in", "Bytes of uploads and standard input.", registry=self.registry)
         self.bytes_out = Counter("pandastack_bytes_out", "Bytes of downloads and command output.", registry=self.registry)

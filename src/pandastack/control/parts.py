@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pandastack.control.access import Keys
+from pandastack.control.forks import Forks
 from pandastack.control.gateway import Gateway
 from pandastack.control.hosts import Host
 from pandastack.control.meters import Meters
 from pandastack.control.reconcile import Reconciler
 from pandastack.control.sandboxes import Sandboxes
 from pandastack.control.settings import ControlSettings
+from pandastack.control.snapshots import Snapshots
+from pandastack.control.states import States
 from pandastack.control.store import Store
 from pandastack.control.templates import Bakes
 from pandastack.control.work import Crew
@@ -26,6 +29,9 @@ class Parts:
     crew: Crew
     keys: Keys
     sandboxes: Sandboxes
+    states: States
+    snapshots: Snapshots
+    forks: Forks
     bakes: Bakes
     gateway: Gateway
     reconciler: Reconciler

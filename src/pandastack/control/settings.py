@@ -30,6 +30,7 @@ class ControlSettings(BaseSettings):
     default_exec_timeout_s: float = Field(900.0, gt=0)
     exec_grace_s: float = Field(15.0, gt=0, description="how long after its timeout a command's end may be reported")
     create_timeout_s: float = Field(120.0, gt=0)
+    state_timeout_s: float = Field(600.0, gt=0, description="for a capture or a restore of a sandbox's memory")
     host_timeout_s: float = Field(30.0, gt=0, description="for a call to a host that answers at once")
     template_wait_s: float = Field(20.0, ge=0, description="how long a create waits for a template that is being made")
     creates_in_flight_max: int = Field(64, ge=1)
@@ -41,6 +42,7 @@ class ControlSettings(BaseSettings):
     expiry_interval_s: float = Field(2.0, gt=0)
     sweep_interval_s: float = Field(30.0, gt=0)
     event_wait_s: float = Field(20.0, gt=0)
+    hibernate_retry_s: float = Field(60.0, gt=0, description="how long after a failure an idle sandbox is hibernated again")
     failed_keep_s: int = Field(3600, ge=0, description="a failed sandbox that is not persistent is deleted after so long")
     shutdown_grace_s: float = Field(20.0, gt=0)
 

@@ -15,6 +15,7 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from pandastack.control.access import Caller
+from pandastack.control.creates import Created
 from pandastack.control.gateway import error_event
 from pandastack.control.hosts import closing
 from pandastack.control.parts import Parts
@@ -34,6 +35,11 @@ def json(
 
 def raw_json(body: bytes, status: int, headers: Mapping[str, str] | None = None) -> Response:
     return Response(body, status, headers=headers, media_type="application/json")
+
+
+def created(made: Created) -> Response:
+    """The answer to a create or a fork, or the same bytes again."""
+    return raw_json(made.body, made.status, {"idempotent-replay": "true"} if made.replayed else None)
 
 
 def empty() -> Response:

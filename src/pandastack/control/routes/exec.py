@@ -20,7 +20,7 @@ Encoding = Annotated[Literal["text", "base64"], Query()]
 @router.post("", response_model=ExecResult, operation_id="exec")
 async def run(here: Here, caller: Writer, sandbox_id: str, body: Command) -> Response:
     """Run a command and answer when it has ended. The command goes on if the client leaves, until its time is over."""
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     return answers.json(await here.gateway.execute(row.id, body))
 
 
@@ -34,7 +34,7 @@ async def stream(
     on_disconnect: Annotated[Literal["keep", "kill"], Query()] = "keep",
 ) -> Response:
     """Events `stdout` and `stderr`, then exactly one `exit` or `error`."""
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     following = await here.gateway.stream(row.id, body, as_bytes=encoding == "base64")
 
     async def kill() -> None:

@@ -41,7 +41,7 @@ _RANGE = re.compile(r"bytes=(\d{1,18})-(\d{0,18})|bytes=-(\d{1,18})")
 )
 async def read(here: Here, caller: Reader, sandbox_id: str, path: FilePath, request: Request) -> Response:
     """The file's bytes; `Range: bytes=a-b` for a part."""
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     wanted = _RANGE.fullmatch(request.headers.get("range", ""))
     offset, length = 0, None
     if wanted is not None:
@@ -73,7 +73,7 @@ async def read(here: Here, caller: Reader, sandbox_id: str, path: FilePath, requ
 
 @router.head("", operation_id="headFile")
 async def head(here: Here, caller: Reader, sandbox_id: str, path: FilePath) -> Response:
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     async with here.gateway.deadline():
         entry = await here.host.stat_file(row.id, path)
     headers = {"content-length": str(entry.size), "accept-ranges": "bytes"}
@@ -91,7 +91,7 @@ async def write(
     owner: Annotated[Owner | None, Query()] = None,
 ) -> Response:
     """The raw body, of any size, becomes the file; readers see the old one or the new one, never a part."""
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     data = here.gateway.counted_in(pieces_of(request, stalled_s=here.settings.stalled_client_s))
     size = await here.host.write_file(row.id, path, data, mode=int(mode, 8) if mode is not None else None, owner=owner)
     return answers.json(FileWritten(path=_text(path), bytes=size))
@@ -99,7 +99,7 @@ async def write(
 
 @router.delete("", status_code=204, operation_id="deleteFile")
 async def delete(here: Here, caller: Writer, sandbox_id: str, path: FilePath, recursive: bool = True) -> Response:
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     async with here.gateway.deadline():
         await here.host.remove_file(row.id, path, recursive=recursive)
     return answers.empty()
@@ -116,7 +116,7 @@ async def list_dir(
     after: Annotated[str | None, Query(description="the last name seen; percent-encoded bytes")] = None,
 ) -> Response:
     """Entries sorted by the bytes of their names."""
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     last = raw_query(request, "after") if after is not None else None
     found, more = await _smallest(here.host.list_dir(row.id, path), limit, last)
     # Written by hand, because a hundred thousand entries are held as JSON already and not as objects.
@@ -149,14 +149,14 @@ async def _smallest(batches: AsyncIterator[list[FileEntry]], limit: int, after: 
 
 @router.get("/stat", response_model=FileEntry, operation_id="statFile")
 async def stat(here: Here, caller: Reader, sandbox_id: str, path: FilePath) -> Response:
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     async with here.gateway.deadline():
         return answers.json(await here.host.stat_file(row.id, path))
 
 
 @router.post("/mkdir", status_code=201, response_model=FileEntry, operation_id="makeDirectory")
 async def make_dir(here: Here, caller: Writer, sandbox_id: str, body: Annotated[MakeDir, Depends(Body(MakeDir))]) -> Response:
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     async with here.gateway.deadline():
         await here.host.make_dir(row.id, body.path.encode(), parents=body.parents, mode=int(body.mode, 8))
         return answers.json(await here.host.stat_file(row.id, body.path.encode()), 201)
@@ -164,7 +164,7 @@ async def make_dir(here: Here, caller: Writer, sandbox_id: str, body: Annotated[
 
 @router.post("/move", response_model=FileEntry, operation_id="moveFile")
 async def move(here: Here, caller: Writer, sandbox_id: str, body: Annotated[MoveFile, Depends(Body(MoveFile))]) -> Response:
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     async with here.gateway.deadline():
         await here.host.move_file(row.id, body.source.encode(), body.destination.encode(), overwrite=body.overwrite)
         return answers.json(await here.host.stat_file(row.id, body.destination.encode()))
@@ -172,7 +172,7 @@ async def move(here: Here, caller: Writer, sandbox_id: str, body: Annotated[Move
 
 @router.post("/chmod", response_model=FileEntry, operation_id="changeMode")
 async def change_mode(here: Here, caller: Writer, sandbox_id: str, body: Annotated[ChangeMode, Depends(Body(ChangeMode))]) -> Response:
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     async with here.gateway.deadline():
         await here.host.change_mode(row.id, body.path.encode(), body)
         return answers.json(await here.host.stat_file(row.id, body.path.encode()))
@@ -181,7 +181,7 @@ async def change_mode(here: Here, caller: Writer, sandbox_id: str, body: Annotat
 @router.get("/watch", response_class=answers.EventStream, status_code=200, operation_id="watchFiles")
 async def watch(here: Here, caller: Reader, sandbox_id: str, path: FilePath, recursive: bool = False) -> Response:
     """Events `change` with `{"events": [...]}` until the client leaves."""
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     async with here.gateway.deadline():
         # A missing path is told by status while that is still possible.
         await here.host.stat_file(row.id, path)

@@ -29,7 +29,7 @@ def _id(text: str) -> ProcessId:
 
 @router.post("", status_code=201, response_model=ProcessView, operation_id="startProcess")
 async def start(here: Here, caller: Writer, sandbox_id: str, body: Annotated[ProcessStart, Depends(Body(ProcessStart))]) -> Response:
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     # The id is made up here, so that the call to the host can be repeated without starting a second process.
     wanted = body if body.id is not None else body.model_copy(update={"id": new_process_id()})
     async with here.gateway.deadline():
@@ -38,14 +38,14 @@ async def start(here: Here, caller: Writer, sandbox_id: str, body: Annotated[Pro
 
 @router.get("", response_model=list[ProcessView], operation_id="listProcesses")
 async def list_all(here: Here, caller: Reader, sandbox_id: str) -> Response:
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     async with here.gateway.deadline():
         return answers.json(await here.host.list_processes(row.id))
 
 
 @router.get("/{process_id}", response_model=ProcessView, operation_id="getProcess")
 async def get(here: Here, caller: Reader, sandbox_id: str, process_id: str) -> Response:
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     async with here.gateway.deadline():
         return answers.json(await here.host.get_process(row.id, _id(process_id)))
 
@@ -61,7 +61,7 @@ async def follow(
     encoding: Annotated[Literal["text", "base64"], Query()] = "text",
 ) -> Response:
     """As `exec/stream`, from any offset; every event of output says where it starts."""
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     following = await here.gateway.attach(
         row.id, _id(process_id), stdout_offset=stdout_offset, stderr_offset=stderr_offset, as_bytes=encoding == "base64"
     )
@@ -79,7 +79,7 @@ async def output(
     limit: Annotated[int, Query(ge=1, le=MAX_SLICE_BYTES)] = MAX_SLICE_BYTES,
 ) -> Response:
     """A piece of what the process wrote; the headers say where it starts and where the output ends by now."""
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     async with here.gateway.deadline():
         piece = await here.host.read_output(row.id, _id(process_id), stream, offset=offset, limit=limit)
     here.meters.bytes_out.inc(len(piece.data))
@@ -94,7 +94,7 @@ async def output(
 @router.post("/{process_id}/stdin", response_model=StdinWritten, operation_id="writeStdin", openapi_extra={"x-raw-body": True})
 async def write_stdin(here: Here, caller: Writer, sandbox_id: str, process_id: str, request: Request, close: bool = False) -> Response:
     """The raw body, of any length, as it arrives; the process's pace is the sender's."""
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     data = here.gateway.counted_in(pieces_of(request, stalled_s=here.settings.stalled_client_s))
     return answers.json(StdinWritten(bytes=await here.host.write_stdin(row.id, _id(process_id), data, close=close)))
 
@@ -103,7 +103,7 @@ async def write_stdin(here: Here, caller: Writer, sandbox_id: str, process_id: s
 async def send_signal(
     here: Here, caller: Writer, sandbox_id: str, process_id: str, body: Annotated[SignalRequest, Depends(Body(SignalRequest))]
 ) -> Response:
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     async with here.gateway.deadline():
         await here.host.signal_process(row.id, _id(process_id), body)
     return answers.empty()
@@ -113,7 +113,7 @@ async def send_signal(
 async def resize(
     here: Here, caller: Writer, sandbox_id: str, process_id: str, body: Annotated[PtySize, Depends(Body(PtySize))]
 ) -> Response:
-    row = await here.sandboxes.running(caller, sandbox_id)
+    row = await here.states.running(caller, sandbox_id)
     async with here.gateway.deadline():
         await here.host.resize_process(row.id, _id(process_id), body)
     return answers.empty()

@@ -7,11 +7,12 @@ Text is parsed here once, into typed values, and the values are passed on. The o
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Header, Query, Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
@@ -23,6 +24,7 @@ from pandastack.wire.sandboxes import MAX_TTL_SECONDS
 MAX_JSON_DEPTH = 32
 MAX_PATH_BYTES = 4096
 _EXACT_INTEGER = 1 << 53
+_IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -133,6 +135,21 @@ def invalid(errors: list[Any]) -> InvalidRequest:
         return InvalidRequest(f"ttl_seconds exceeds tier maximum of {MAX_TTL_SECONDS}", field=field)
     text = str(first["msg"]).removeprefix("Value error, ")
     return InvalidRequest(text if field == "body" else f"{field}: {text}", field=field)
+
+
+# Repetitions
+
+
+async def idempotency_key(
+    idempotency_key: Annotated[str | None, Header(description="1 to 255 visible ASCII characters, remembered for 24 hours")] = None,
+) -> str | None:
+    """The `Idempotency-Key` header. Raises InvalidRequest."""
+    if idempotency_key is not None and _IDEMPOTENCY_KEY.fullmatch(idempotency_key) is None:
+        raise InvalidRequest("Idempotency-Key must be 1 to 255 visible ASCII characters", field="Idempotency-Key")
+    return idempotency_key
+
+
+IdempotencyKey = Annotated[str | None, Depends(idempotency_key)]
 
 
 # The query

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import re
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
 
 from pandastack.control.parts import Parts
 from pandastack.control.routes import answers
-from pandastack.control.routes.requests import Body, Reader, Writer, parts
+from pandastack.control.routes.requests import Body, IdempotencyKey, Reader, Writer, parts
 from pandastack.control.sandboxes import view
 from pandastack.control.store.sandboxes import Position
 from pandastack.errors import InvalidRequest
@@ -27,7 +26,6 @@ from pandastack.wire.sandboxes import (
 
 router = APIRouter(prefix="/v1/sandboxes", tags=["sandboxes"])
 Here = Annotated[Parts, Depends(parts)]
-_KEY = re.compile(r"[!-~]{1,255}")
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
 MAX_FILTERS = 16
@@ -38,12 +36,9 @@ async def create(
     here: Here,
     caller: Writer,
     body: Annotated[SandboxCreate, Depends(Body(SandboxCreate))],
-    idempotency_key: Annotated[str | None, Header(description="1 to 255 visible ASCII characters, remembered for 24 hours")] = None,
+    key: IdempotencyKey = None,
 ) -> Response:
-    if idempotency_key is not None and _KEY.fullmatch(idempotency_key) is None:
-        raise InvalidRequest("Idempotency-Key must be 1 to 255 visible ASCII characters", field="Idempotency-Key")
-    created = await here.sandboxes.create(caller, body, idempotency_key)
-    return answers.raw_json(created.body, created.status, {"idempotent-replay": "true"} if created.replayed else None)
+    return answers.created(await here.sandboxes.create(caller, body, key))
 
 
 @router.get("", response_model=list[SandboxView] | SandboxPage, operation_id="listSandboxes")

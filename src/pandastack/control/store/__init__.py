@@ -18,6 +18,7 @@ from pandastack.control.store import migrations
 from pandastack.control.store.creates import Creates
 from pandastack.control.store.database import Database, SqliteDatabase
 from pandastack.control.store.sandboxes import Sandboxes
+from pandastack.control.store.snapshots import Snapshots
 from pandastack.control.store.tenants import Tenants
 from pandastack.control.store.tokens import Tokens
 
@@ -31,13 +32,14 @@ class Store:
     tenants: Tenants
     tokens: Tokens
     sandboxes: Sandboxes
+    snapshots: Snapshots
     creates: Creates
 
 
 def over(database: Database) -> Store:
     """The store on a database whose schema is current."""
     sandboxes = Sandboxes(database)
-    return Store(Tenants(database), Tokens(database), sandboxes, Creates(database, sandboxes))
+    return Store(Tenants(database), Tokens(database), sandboxes, Snapshots(database), Creates(database, sandboxes))
 
 
 @asynccontextmanager

@@ -1,11 +1,13 @@
-"""Creates with an idempotency key: at most one sandbox per (tenant, key), and the same answer for every repetition.
+"""Creates and forks with an idempotency key: at most one outcome per (tenant, key), and the same answer for every repetition.
 
-The key and the sandbox row are written in one transaction, and so are the answer and the state `running`. Hence
-there is no instant at which a crash leaves a key that names nothing, or a sandbox whose key is free.
+A key stands for all sandboxes that one request makes: one for a create, every child for a fork. The key and their rows
+are written in one transaction, and so are the answer and the states `running`. Hence there is no instant at which a
+crash leaves a key that names nothing, a sandbox whose key is free, or some children of a fork without the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from pandastack.control.store.sandboxes import Sandboxes, SandboxRow
 from pandastack.wire.ids import SandboxId, TenantId
 
 _table = tables.creates
+_made = tables.created
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +30,13 @@ class CreateRow:
     tenant_id: TenantId
     key: str
     request_hash: bytes
-    sandbox_id: SandboxId
     created_us: int
     response_status: int | None = None
     response_body: bytes | None = None
+
+
+class _Gone(Exception):
+    """One of the sandboxes was deleted while they were made: rolls the transaction back."""
 
 
 class Creates:
@@ -47,8 +53,10 @@ class Creates:
         row = CreateRow(**found._mapping)
         return None if row.response_status is not None and row.created_us < newer_than_us else row
 
-    async def begin(self, tenant: TenantId, row: SandboxRow, *, key: str | None, request_hash: bytes, expire_before_us: int) -> bool:
-        """Write the intent, durable before any side effect. False where the key is taken (look it up again)."""
+    async def begin(
+        self, tenant: TenantId, rows: Sequence[SandboxRow], *, key: str | None, request_hash: bytes, expire_before_us: int
+    ) -> bool:
+        """Write the intent for all `rows`, durable before any side effect. False where the key is taken (look it up again)."""
         try:
             async with self._database.write() as connection:
                 if key is not None:
@@ -59,15 +67,12 @@ class Creates:
                         _table.c.created_us < expire_before_us,
                     )
                     await connection.execute(delete(_table).where(old))
-                    values = {
-                        "tenant_id": tenant,
-                        "key": key,
-                        "request_hash": request_hash,
-                        "sandbox_id": row.id,
-                        "created_us": row.created_us,
-                    }
+                    values = {"tenant_id": tenant, "key": key, "request_hash": request_hash, "created_us": rows[0].created_us}
                     await connection.execute(_table.insert().values(**values))
-                await self._sandboxes.insert_with(connection, tenant, row)
+                    links = [{"sandbox_id": row.id, "tenant_id": tenant, "key": key} for row in rows]
+                    await connection.execute(_made.insert(), links)
+                for row in rows:
+                    await self._sandboxes.insert_with(connection, tenant, row)
         except IntegrityError:
             if key is None:
                 raise
@@ -75,23 +80,31 @@ class Creates:
         return True
 
     async def complete(
-        self, tenant: TenantId, sandbox_id: SandboxId, facts: dict[str, Any], *, response_status: int, response_body: bytes
+        self, tenant: TenantId, facts: Mapping[SandboxId, Mapping[str, Any]], *, response_status: int, response_body: bytes
     ) -> bool:
-        """The sandbox is running, and this is what every repetition is told. False where it was deleted meanwhile."""
-        self._sandboxes.forget(sandbox_id)
+        """All of them are running, and this is what every repetition is told. False, and nothing changed, where one was deleted."""
+        self._forget(facts)
         try:
             async with self._database.write() as connection:
-                if not await self._sandboxes.mark_running_with(connection, tenant, sandbox_id, **facts):
-                    return False
-                own = and_(_table.c.tenant_id == tenant, _table.c.sandbox_id == sandbox_id)
+                for sandbox_id, values in facts.items():
+                    if not await self._sandboxes.mark_running_with(connection, tenant, sandbox_id, **values):
+                        raise _Gone
+                key = select(_made.c.key).where(_made.c.tenant_id == tenant, _made.c.sandbox_id.in_(list(facts)))
+                own = and_(_table.c.tenant_id == tenant, _table.c.key.in_(key))
                 answer = {"response_status": response_status, "response_body": response_body}
                 await connection.execute(update(_table).where(own).values(**answer))
-                return True
+        except _Gone:
+            return False
         finally:
-            self._sandboxes.forget(sandbox_id)
+            self._forget(facts)
+        return True
 
     async def prune_of_any_tenant(self, *, older_than_us: int) -> int:
         """Forget completed answers that nobody may ask for any more."""
         old = and_(_table.c.created_us < older_than_us, _table.c.response_status.is_not(None))
         async with self._database.write() as connection:
             return (await connection.execute(delete(_table).where(old))).rowcount
+
+    def _forget(self, sandbox_ids: Mapping[SandboxId, Any]) -> None:
+        for sandbox_id in sandbox_ids:
+            self._sandboxes.forget(sandbox_id)

@@ -1,12 +1,13 @@
 """Sandboxes as records: who owns which, on which host, in which state.
 
-    creating -> running -> failed
-       |           |          |
-       +-----------+----------+-> deleting -> (no row)
+    creating -> running <-> paused | hibernated -> failed
+       |           |                |                 |
+       +-----------+----------------+-----------------+-> deleting -> (no row)
 
-Each change of state is one conditional statement, and its row count says who won: no check is followed by a separate
-act. A row that was read is kept in memory until it changes, because every command asks for it; this is sound while
-one process writes (the only one there is with SQLite).
+Running, paused and hibernated are the usable states; which of the three it is, its host decides. Each change of state is
+one conditional statement, and its row count says who won: no check is followed by a separate act. A row that was read is
+kept in memory until it changes, because every command asks for it; this is sound while one process writes (the only one
+there is with SQLite).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pandastack.control.store import tables
 from pandastack.control.store.database import Database
-from pandastack.wire.ids import HostId, SandboxId, TenantId
+from pandastack.wire.ids import HostId, SandboxId, SnapshotId, TenantId
 
 CACHED_ROWS = 10_000
 LOST = "host_restarted"
+USABLE = ("running", "paused", "hibernated")
 _table = tables.sandboxes
 
 
@@ -52,6 +54,10 @@ class SandboxRow:
     boot_mode: str | None = None
     runtime: str | None = None
     isolation: str | None = None
+    from_snapshot: SnapshotId | None = None
+    fork_parent_id: SandboxId | None = None
+    fork_tree_id: str | None = None
+    keep_awake_us: int | None = None
 
 
 Position = tuple[int, str]
@@ -108,6 +114,13 @@ class Sandboxes:
         query = query.order_by(_table.c.created_us.desc(), _table.c.id.desc())
         return list(await self._all(query if limit is None else query.limit(limit)))
 
+    async def siblings(self, tenant: TenantId, row: SandboxRow) -> Sequence[SandboxRow]:
+        """The other children of the same fork: same tree and same parent. Empty for one that is no child."""
+        if row.fork_tree_id is None or row.fork_parent_id is None:
+            return []
+        same = and_(_table.c.fork_tree_id == row.fork_tree_id, _table.c.fork_parent_id == row.fork_parent_id, _table.c.id != row.id)
+        return await self._all(select(_table).where(_table.c.tenant_id == tenant, same).order_by(_table.c.id))
+
     async def insert(self, tenant: TenantId, row: SandboxRow) -> None:
         async with self._database.write() as connection:
             await self.insert_with(connection, tenant, row)
@@ -126,31 +139,59 @@ class Sandboxes:
         return await self._change(connection, sandbox_id, _table.c.tenant_id == tenant, ("creating",), status="running", **facts)
 
     async def set_lifecycle(
-        self, tenant: TenantId, sandbox_id: SandboxId, *, ttl_seconds: int | None = None, persistent: bool | None = None
+        self,
+        tenant: TenantId,
+        sandbox_id: SandboxId,
+        *,
+        ttl_seconds: int | None = None,
+        persistent: bool | None = None,
+        keep_awake_us: int | None = None,
     ) -> bool:
-        """False for an unknown sandbox and one that is going away."""
+        """What is None stays as it is. False for an unknown sandbox and one that is going away."""
         values: dict[str, Any] = {}
         if ttl_seconds is not None:
             values["ttl_seconds"] = ttl_seconds
         if persistent is not None:
             values["persistent"] = persistent
+        if keep_awake_us is not None:
+            values["keep_awake_us"] = keep_awake_us
         async with self._writing(sandbox_id) as connection:
             own = _table.c.tenant_id == tenant
-            return await self._change(connection, sandbox_id, own, ("creating", "running", "failed"), **values)
+            return await self._change(connection, sandbox_id, own, ("creating", *USABLE, "failed"), **values)
 
     async def mark_deleting(self, tenant: TenantId, sandbox_id: SandboxId) -> bool:
         """False for an unknown sandbox; true also where it is being deleted already, because that can be repeated."""
         async with self._writing(sandbox_id) as connection:
             own = _table.c.tenant_id == tenant
-            return await self._change(connection, sandbox_id, own, ("creating", "running", "failed", "deleting"), status="deleting")
+            return await self._change(connection, sandbox_id, own, ("creating", *USABLE, "failed", "deleting"), status="deleting")
 
     # Every tenant's: for the loops
 
-    async def expire_of_any_tenant(self, sandbox_id: SandboxId, *, ttl_seconds: int | None, statuses: Sequence[str]) -> bool:
-        """To `deleting`, if it is still not persistent and still has the ttl the decision was made with."""
+    async def find_of_any_tenant(self, sandbox_id: SandboxId) -> SandboxRow | None:
+        found = await self._all(select(_table).where(_table.c.id == sandbox_id))
+        return found[0] if found else None
+
+    async def set_state_of_any_tenant(self, sandbox_id: SandboxId, status: str, reason: str | None) -> bool:
+        """To another usable status, as its host says. False where it is not usable; a row that has it already keeps its reason."""
+        if status not in USABLE:
+            raise ValueError(f"{status!r} is not a state that a usable sandbox can be in")
+        others = [known for known in USABLE if known != status]
+        values = {"status": status, "status_reason": reason[:256] if reason else None}
+        async with self._writing(sandbox_id) as connection:
+            if await self._change(connection, sandbox_id, _table.c.id == sandbox_id, others, **values):
+                return True
+            same = select(_table.c.id).where(_table.c.id == sandbox_id, _table.c.status == status)
+            return (await connection.execute(same)).first() is not None
+
+    async def expire_of_any_tenant(
+        self, sandbox_id: SandboxId, *, ttl_seconds: int | None, statuses: Sequence[str], now_us: int | None = None
+    ) -> bool:
+        """To `deleting`, if it is still not persistent, still has the ttl the decision was made with, and is not kept awake."""
         still: ColumnElement[bool] = _table.c.persistent.is_(False)
         if ttl_seconds is not None:
             still = and_(still, _table.c.ttl_seconds == ttl_seconds)
+        if now_us is not None:
+            still = and_(still, or_(_table.c.keep_awake_us.is_(None), _table.c.keep_awake_us <= now_us))
         async with self._writing(sandbox_id) as connection:
             return await self._change(connection, sandbox_id, still, statuses, status="deleting")
 
@@ -158,25 +199,29 @@ class Sandboxes:
         async with self._writing(sandbox_id) as connection:
             always = _table.c.id == sandbox_id
             return await self._change(
-                connection, sandbox_id, always, ("running",), status="failed", status_reason=reason[:256], failed_us=failed_us
+                connection, sandbox_id, always, USABLE, status="failed", status_reason=reason[:256], failed_us=failed_us
             )
 
-    async def mark_found_of_any_tenant(self, sandbox_id: SandboxId) -> bool:
-        """Back to `running`, if it had only been missing from its host."""
+    async def mark_found_of_any_tenant(self, sandbox_id: SandboxId, status: str = "running", reason: str | None = None) -> bool:
+        """Back to a usable status, if it had only been missing from its host."""
+        values = {"status": status, "status_reason": reason[:256] if reason else None, "failed_us": None}
         async with self._writing(sandbox_id) as connection:
-            missing = _table.c.status_reason == LOST
-            return await self._change(connection, sandbox_id, missing, ("failed",), status="running", status_reason=None, failed_us=None)
+            return await self._change(connection, sandbox_id, _table.c.status_reason == LOST, ("failed",), **values)
 
     async def mark_deleting_of_any_tenant(self, sandbox_id: SandboxId, statuses: Sequence[str]) -> bool:
         async with self._writing(sandbox_id) as connection:
             return await self._change(connection, sandbox_id, _table.c.id == sandbox_id, statuses, status="deleting")
 
     async def remove_of_any_tenant(self, sandbox_id: SandboxId) -> None:
-        """Forget a sandbox whose host has forgotten it, and free the idempotency key of a create that never completed."""
-        creates = tables.creates
+        """Forget a sandbox whose host has forgotten it. The last one of a create that never completed frees its idempotency key."""
+        creates, created = tables.creates, tables.created
         async with self._writing(sandbox_id) as connection:
-            unfinished = and_(creates.c.sandbox_id == sandbox_id, creates.c.response_status.is_(None))
-            await connection.execute(delete(creates).where(unfinished))
+            own = (await connection.execute(select(created).where(created.c.sandbox_id == sandbox_id))).first()
+            await connection.execute(delete(created).where(created.c.sandbox_id == sandbox_id))
+            if own is not None:
+                others = exists().where(created.c.tenant_id == creates.c.tenant_id, created.c.key == creates.c.key)
+                unfinished = and_(creates.c.tenant_id == own.tenant_id, creates.c.key == own.key, creates.c.response_status.is_(None))
+                await connection.execute(delete(creates).where(unfinished, ~others))
             await connection.execute(delete(_table).where(_table.c.id == sandbox_id))
 
     async def list_of_any_tenant(self, *statuses: str) -> Sequence[SandboxRow]:

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Column,
     Float,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
@@ -19,7 +20,6 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    UniqueConstraint,
 )
 
 metadata = MetaData(
@@ -75,6 +75,11 @@ sandboxes = Table(
     Column("boot_mode", String(32)),
     Column("runtime", String(32)),
     Column("isolation", String(128)),
+    # Where it came from. No foreign keys: the snapshot and the parent may be gone while it lives on.
+    Column("from_snapshot", String(36)),
+    Column("fork_parent_id", String(36)),
+    Column("fork_tree_id", String(36), index=True),
+    Column("keep_awake_us", BigInteger),
     Index("ix_sandboxes_tenant_newest", "tenant_id", "created_us", "id"),
 )
 
@@ -87,16 +92,47 @@ labels = Table(
     Column("value", String(1024), nullable=False),
 )
 
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("host_id", String(64), nullable=False),
+    # No foreign key: a snapshot outlives its sandbox.
+    Column("sandbox_id", String(36), nullable=False),
+    Column("status", String(16), nullable=False, index=True),
+    Column("status_reason", String(256)),
+    Column("template", String(64), nullable=False),
+    Column("template_actual", String(64)),
+    Column("runtime", String(32)),
+    Column("cpu", Float, nullable=False),
+    Column("memory_mb", Integer, nullable=False),
+    Column("disk_mb", Integer, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_us", BigInteger, nullable=False),
+    Index("ix_snapshots_tenant_newest", "tenant_id", "created_us", "id"),
+)
+
 creates = Table(
     "idempotent_creates",
     metadata,
     Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
     Column("key", String(255), primary_key=True),
     Column("request_hash", LargeBinary(32), nullable=False),
-    Column("sandbox_id", String(36), nullable=False),
     # Null while the create is in progress; a start that finds such a row undoes the create and frees the key.
     Column("response_status", Integer),
     Column("response_body", LargeBinary),
     Column("created_us", BigInteger, nullable=False, index=True),
-    UniqueConstraint("sandbox_id"),
+)
+
+# The sandboxes that a key stands for: the one of a create, or every child of a fork. Rows leave with their sandbox (no
+# foreign key, because an answer outlives it); the last one to leave frees a key that has no answer yet.
+created = Table(
+    "idempotent_sandboxes",
+    metadata,
+    Column("sandbox_id", String(36), primary_key=True),
+    Column("tenant_id", String(64), nullable=False),
+    Column("key", String(255), nullable=False),
+    ForeignKeyConstraint(["tenant_id", "key"], ["idempotent_creates.tenant_id", "idempotent_creates.key"], ondelete="CASCADE"),
+    Index("ix_idempotent_sandboxes_key", "tenant_id", "key"),
 )

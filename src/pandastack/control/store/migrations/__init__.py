@@ -9,11 +9,12 @@ import functools
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine
+from sqlalchemy import Connection, Engine, create_engine, event
 
 HERE = Path(__file__).parent
 
@@ -59,6 +60,7 @@ def upgrade(path: Path) -> Path | None:
     # Keys' hashes and metadata are in there: nobody but the owner reads it.
     path.touch(mode=0o600)
     engine = create_engine(f"sqlite:///{path}")
+    _all_or_nothing(engine)
     try:
         with engine.begin() as connection:
             config = _config()
@@ -67,6 +69,21 @@ def upgrade(path: Path) -> Path | None:
     finally:
         engine.dispose()
     return backup
+
+
+def _all_or_nothing(engine: Engine) -> None:
+    """Make changes of the schema part of the transaction; the driver by its own rules would commit each by itself.
+
+    Without this a process that dies half way leaves a file that is of no version.
+    """
+
+    @event.listens_for(engine, "connect")
+    def on_connect(connection: Any, _record: object) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def on_begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _copy(path: Path, revision: str) -> Path:

@@ -1,0 +1,115 @@
+"""Snapshots as records: who owns which, on which host, and how far each came.
+
+    capturing -> durable -> verified
+        |          | |          |
+        |          | +-> failed |
+        +----------+-----+------+-> deleting -> (no row)
+
+Each change of state is one conditional statement, and its row count says who won. `capturing` and `deleting` rows are not
+shown in lists: the one is not a snapshot yet, the other is none any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, and_, delete, select, update
+
+from pandastack.control.store import tables
+from pandastack.control.store.database import Database
+from pandastack.wire.ids import HostId, SandboxId, SnapshotId, TenantId
+
+LISTED = ("durable", "verified", "failed")
+RESTORABLE = ("durable", "verified")
+_table = tables.snapshots
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotRow:
+    """Sizes in MiB, except `size_bytes`; times in microseconds since 1970."""
+
+    id: SnapshotId
+    tenant_id: TenantId
+    host_id: HostId
+    sandbox_id: SandboxId
+    status: str
+    template: str
+    cpu: float
+    memory_mb: int
+    disk_mb: int
+    created_us: int
+    size_bytes: int = 0
+    status_reason: str | None = None
+    template_actual: str | None = None
+    runtime: str | None = None
+
+
+class Snapshots:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # One tenant's
+
+    async def find(self, tenant: TenantId, snapshot_id: SnapshotId) -> SnapshotRow | None:
+        """None for an unknown id and for another tenant's, alike."""
+        found = await self._all(select(_table).where(_table.c.tenant_id == tenant, _table.c.id == snapshot_id))
+        return found[0] if found else None
+
+    async def list(self, tenant: TenantId, *, sandbox_id: str | None = None) -> Sequence[SnapshotRow]:
+        """Newest first."""
+        query = select(_table).where(_table.c.tenant_id == tenant, _table.c.status.in_(LISTED))
+        if sandbox_id is not None:
+            query = query.where(_table.c.sandbox_id == sandbox_id)
+        return await self._all(query.order_by(_table.c.created_us.desc(), _table.c.id.desc()))
+
+    async def insert(self, tenant: TenantId, row: SnapshotRow) -> None:
+        """Write the intent, durable before any side effect."""
+        if row.tenant_id != tenant:
+            raise ValueError("a snapshot belongs to the tenant that made it")
+        async with self._database.write() as connection:
+            await connection.execute(_table.insert().values(**vars(row)))
+
+    async def complete(self, tenant: TenantId, snapshot_id: SnapshotId, facts: dict[str, Any]) -> bool:
+        """Its bytes are on disk. False where somebody undid it meanwhile."""
+        return await self._change(snapshot_id, ("capturing",), _table.c.tenant_id == tenant, status="durable", **facts)
+
+    async def mark_deleting(self, tenant: TenantId, snapshot_id: SnapshotId) -> bool:
+        """False for an unknown snapshot and one that is being captured; true also where it is being deleted already."""
+        return await self._change(snapshot_id, (*LISTED, "deleting"), _table.c.tenant_id == tenant, status="deleting")
+
+    # Every tenant's: for the loops
+
+    async def mark_verified_of_any_tenant(self, snapshot_id: SnapshotId) -> bool:
+        return await self._change(snapshot_id, ("durable",), status="verified", status_reason=None)
+
+    async def mark_failed_of_any_tenant(self, snapshot_id: SnapshotId, reason: str) -> bool:
+        return await self._change(snapshot_id, RESTORABLE, status="failed", status_reason=reason[:256])
+
+    async def mark_deleting_of_any_tenant(self, snapshot_id: SnapshotId, statuses: Sequence[str]) -> bool:
+        return await self._change(snapshot_id, statuses, status="deleting")
+
+    async def remove_of_any_tenant(self, snapshot_id: SnapshotId) -> None:
+        """Forget a snapshot whose host has forgotten it."""
+        async with self._database.write() as connection:
+            await connection.execute(delete(_table).where(_table.c.id == snapshot_id))
+
+    async def list_of_any_tenant(self, *statuses: str) -> Sequence[SnapshotRow]:
+        """Oldest first."""
+        return await self._all(select(_table).where(_table.c.status.in_(statuses)).order_by(_table.c.created_us, _table.c.id))
+
+    async def ids_of_any_tenant(self) -> set[SnapshotId]:
+        async with self._database.read() as connection:
+            return set((await connection.execute(select(_table.c.id))).scalars())
+
+    # Inside
+
+    async def _change(self, snapshot_id: SnapshotId, statuses: Sequence[str], *conditions: ColumnElement[bool], **values: Any) -> bool:
+        where = and_(_table.c.id == snapshot_id, _table.c.status.in_(statuses), *conditions)
+        async with self._database.write() as connection:
+            return (await connection.execute(update(_table).where(where).values(**values))).rowcount == 1
+
+    async def _all(self, query: Select[Any]) -> Sequence[SnapshotRow]:
+        async with self._database.read() as connection:
+            return [SnapshotRow(**row._mapping) for row in await connection.execute(query)]
