@@ -42,6 +42,8 @@ if TYPE_CHECKING:
         SandboxNotRunning,
         SandboxTimeout,
         ServerError,
+        SnapshotNotFound,
+        SnapshotUnusable,
         TemplateBuildError,
         TemplateError,
         TemplateNotFound,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
         TooLarge,
     )
     from pandastack.sdk.async_sandboxes import AsyncSandbox
+    from pandastack.sdk.branches import BranchOutcome, Candidate, ExploreResult
     from pandastack.sdk.client import (
         AsyncClient,
         Client,
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
         set_default_async_client,
         set_default_client,
     )
+    from pandastack.sdk.explore import async_explore, explore
     from pandastack.sdk.files import AsyncFilesystem, AsyncFileWatch, Filesystem, FileWatch
     from pandastack.sdk.processes import AsyncProcess, Process
     from pandastack.sdk.results import (
@@ -70,7 +74,9 @@ if TYPE_CHECKING:
         Me,
         OutputEvent,
         OutputSlice,
+        Promoted,
         SandboxMetrics,
+        Snapshot,
         Template,
         Token,
     )
@@ -85,14 +91,17 @@ _HOMES = {
         "APIConnectionError AuthError BadRequestError CapacityError CommandFailed Conflict ConnectionError CreateCancelled DiskFull "
         "ExecInterrupted ExploreError FileConflict FileNotFound GuestError GuestGone GuestProtocolError GuestTimeout HookFailed "
         "HostUnfit IdempotencyConflict InvalidRequest NotFoundError PandastackError PermissionDenied ProcessNotFound QuotaExceeded "
-        "RateLimited RuntimeFailed SandboxNotFound SandboxNotRunning SandboxTimeout ServerError TemplateBuildError TemplateError "
-        "TemplateNotFound TemplateNotReady TokenNotFound TooLarge"
+        "RateLimited RuntimeFailed SandboxNotFound SandboxNotRunning SandboxTimeout ServerError SnapshotNotFound SnapshotUnusable "
+        "TemplateBuildError TemplateError TemplateNotFound TemplateNotReady TokenNotFound TooLarge"
     ),
     "sdk.client": ("AsyncClient Client get_default_async_client get_default_client set_default_async_client set_default_client"),
+    "sdk.branches": "BranchOutcome Candidate ExploreResult",
+    "sdk.explore": "async_explore explore",
     "sdk.files": "AsyncFileWatch AsyncFilesystem FileWatch Filesystem",
     "sdk.processes": "AsyncProcess Process",
     "sdk.results": (
-        "BakeProgress ExecResult FileEvent FileInfo FileWritten Lifecycle Me OutputEvent OutputSlice SandboxMetrics Template Token"
+        "BakeProgress ExecResult FileEvent FileInfo FileWritten Lifecycle Me OutputEvent OutputSlice Promoted SandboxMetrics Snapshot "
+        "Template Token"
     ),
     "sdk.retry": "CreateRetryEvent",
     "sdk.async_sandboxes": "AsyncSandbox",
@@ -112,6 +121,8 @@ __all__ = [
     "AuthError",
     "BadRequestError",
     "BakeProgress",
+    "BranchOutcome",
+    "Candidate",
     "CapacityError",
     "Client",
     "CommandFailed",
@@ -123,6 +134,7 @@ __all__ = [
     "ExecInterrupted",
     "ExecResult",
     "ExploreError",
+    "ExploreResult",
     "FileConflict",
     "FileEvent",
     "FileInfo",
@@ -148,6 +160,7 @@ __all__ = [
     "PermissionDenied",
     "Process",
     "ProcessNotFound",
+    "Promoted",
     "QuotaExceeded",
     "RateLimited",
     "RuntimeFailed",
@@ -157,6 +170,9 @@ __all__ = [
     "SandboxNotRunning",
     "SandboxTimeout",
     "ServerError",
+    "Snapshot",
+    "SnapshotNotFound",
+    "SnapshotUnusable",
     "Template",
     "TemplateBuildError",
     "TemplateError",
@@ -166,6 +182,8 @@ __all__ = [
     "TokenNotFound",
     "TooLarge",
     "__version__",
+    "async_explore",
+    "explore",
     "get_default_async_client",
     "get_default_client",
     "set_default_async_client",

@@ -23,7 +23,7 @@ from pandastack.errors import (
     SandboxNotFound,
     SnapshotUnusable,
 )
-from pandastack.host import identity, machines, registry
+from pandastack.host import identity, machines, registry, states
 from pandastack.host.app import HostService
 from pandastack.wire.host import HostChild, HostFork
 from pandastack.wire.ids import ProcessId, SandboxId, new_sandbox_id, new_snapshot_id
@@ -85,7 +85,8 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (machines, registry):
         monkeypatch.setattr(module, "CONNECT_TIMEOUT_S", 0.3)
     monkeypatch.setattr(identity, "IDENTITY_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(identity, "HOOK_TIMEOUT_S", 0.0, raising=False)
+    monkeypatch.setattr(states, "HOOK_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(states, "STILL_TIMEOUT_S", 0.3)
 
 
 async def do(host: HostService, verb: str, box: SandboxId, child: SandboxId) -> None:

@@ -6,11 +6,12 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
 import pandastack
-from pandastack.sdk import async_sandboxes, client, files, processes, sandboxes, streams, templates, tokens
+from pandastack.sdk import async_sandboxes, client, explore, files, processes, sandboxes, snapshots, streams, templates, tokens
 
 PAIRS = [
     (client.Client, client.AsyncClient),
@@ -22,6 +23,7 @@ PAIRS = [
     (processes.Process, processes.AsyncProcess),
     (processes.Processes, processes.AsyncProcesses),
     (streams.OutputStream, streams.AsyncOutputStream),
+    (snapshots.Snapshots, snapshots.AsyncSnapshots),
     (templates.Templates, templates.AsyncTemplates),
     (tokens.Tokens, tokens.AsyncTokens),
 ]
@@ -51,6 +53,18 @@ def test_both_have_the_same_signatures(blocking: type, asynchronous: type) -> No
                 .replace(" | Iterable[bytes]", "")
             )
             assert str(parameter.annotation) == annotation, f"{name}({parameter.name})"
+
+
+def test_the_two_forms_of_explore_are_one() -> None:
+    def shape(function: Callable[..., object]) -> list[tuple[str, str]]:
+        return [
+            (str(one.replace(annotation=one.empty)), re.sub("Async", "", str(one.annotation)))
+            for one in inspect.signature(function).parameters.values()
+        ]
+
+    assert shape(explore.explore) == shape(explore.async_explore)
+    method = shape(sandboxes.Sandbox.explore)[1:]
+    assert method == shape(explore.explore)[1:]
 
 
 def test_all_is_sorted_and_equals_what_can_be_loaded() -> None:

@@ -42,7 +42,11 @@ def run(
 ) -> None:
     """Run code in a new sandbox, which is deleted afterwards. The exit code is that of the code."""
     text, language = _program(code, language)
-    with console.client() as client, ending_on_signals(), _sandbox_for_run(client, template, cpu, memory_mb, keep) as sandbox:
+    with (
+        console.client() as client,
+        ending_on_signals(),
+        temporary_sandbox(client, keep, RUN_TTL_S, template=template, cpu=cpu, memory_mb=memory_mb) as sandbox,
+    ):
         if keep:
             console.say(f"sandbox {sandbox.id}")
         stream = sandbox.stream_code(text, language, timeout_seconds=timeout, env=console.pairs(env, "--env"))
@@ -69,11 +73,11 @@ def _program(code: str, language: str | None) -> tuple[str, str]:
 
 
 @contextmanager
-def _sandbox_for_run(client: Client, template: str, cpu: float | None, memory_mb: int | None, keep: bool) -> Iterator[Sandbox]:
-    """A sandbox that is deleted at the end, however the end comes about."""
-    asked: dict[str, Any] = {"template": template, "cpu": cpu, "memory_mb": memory_mb, "idempotency_key": uuid.uuid4().hex}
+def temporary_sandbox(client: Client, keep: bool, ttl_s: int, **asked: Any) -> Iterator[Sandbox]:
+    """A sandbox that is deleted at the end, however the end comes about, unless it is to be kept."""
+    asked["idempotency_key"] = uuid.uuid4().hex
     if not keep:
-        asked["ttl_seconds"] = RUN_TTL_S
+        asked["ttl_seconds"] = ttl_s
     try:
         sandbox = client.sandboxes.create(**asked)
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ TIMED_OUT = 124
 INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Metadata = Annotated[list[str] | None, typer.Option("--metadata", "-m", metavar="KEY=VALUE", help="May be repeated.")]
 SandboxId = Annotated[str, typer.Argument(metavar="SANDBOX", help="The id of a sandbox.")]
 
 
@@ -135,6 +136,27 @@ def show(data: object, as_json: bool, people: Callable[[], None]) -> None:
         emit_json(data)
     else:
         people()
+
+
+def each(ids: Sequence[str], action: Callable[[str], dict[str, Any]], undone: dict[str, Any], as_json: bool) -> None:
+    """Do it with every id and print the ids where it was done; JSON has the facts that `action` gives, or `undone`.
+
+    One that does not exist or does not allow it is told, and does not keep the others from it; the exit code is 1 then.
+    """
+    from pandastack import errors
+
+    results: list[dict[str, Any]] = []
+    done: list[str] = []
+    for one in ids:
+        try:
+            results.append({"id": one, **action(one)})
+            done.append(one)
+        except (errors.NotFoundError, errors.Conflict) as error:
+            say_error(f"{one}: {error.message}", error.hint)
+            results.append({"id": one, **undone})
+    show(results, as_json, lambda: print(*done, sep="\n", end="\n" * bool(done)))
+    if len(done) < len(results):
+        raise typer.Exit(1)
 
 
 def write_event(event: OutputEvent) -> None:

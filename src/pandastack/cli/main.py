@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pandastack.cli import commands, console, files, local, processes, sandboxes, templates, tokens
+from pandastack.cli import commands, console, files, local, processes, sandboxes, selftest, snapshots, templates, tokens
 
 app = console.group("Run code in isolated sandboxes on your own machines.")
 
@@ -16,10 +16,12 @@ app.command()(local.doctor)
 app.command()(commands.run)
 app.add_typer(sandboxes.app, name="sandbox")
 app.add_typer(sandboxes.app, name="sb", hidden=True)
+app.add_typer(snapshots.app, name="snapshot")
 app.add_typer(processes.app, name="process")
 app.add_typer(files.app, name="fs")
 app.add_typer(templates.app, name="template")
 app.add_typer(tokens.app, name="token")
+app.add_typer(selftest.app, name="selftest")
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(local.bench)
 
 

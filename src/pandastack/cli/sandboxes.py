@@ -6,15 +6,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pandastack.cli import commands, console
+from pandastack.cli import commands, console, states
 
 if TYPE_CHECKING:
     from pandastack.sdk.sandboxes import Sandbox
 
 app = console.group("Create, list, use and delete sandboxes.")
 app.command("exec")(commands.execute)
-
-Metadata = Annotated[list[str] | None, typer.Option("--metadata", "-m", metavar="KEY=VALUE", help="May be repeated.")]
+app.command()(states.pause)
+app.command()(states.resume)
+app.command()(states.hibernate)
+app.command()(states.wake)
+app.command("keep-awake")(states.keep_awake)
+app.command()(states.fork)
+app.command("fork-tree")(states.fork_tree)
+app.command()(states.promote)
 
 
 @app.command()
@@ -22,17 +28,18 @@ def create(
     template: Annotated[str, typer.Option("--template", "-t")] = "code-interpreter",
     ttl: Annotated[int | None, typer.Option(min=0, help="Delete it after so many idle seconds; 0: never.")] = None,
     persistent: Annotated[bool, typer.Option("--persistent", help="Never delete it for being idle.")] = False,
-    metadata: Metadata = None,
+    metadata: console.Metadata = None,
     env: commands.Env = None,
     cpu: Annotated[float | None, typer.Option(help="Cores.")] = None,
     memory_mb: Annotated[int | None, typer.Option(help="MiB.")] = None,
     disk_mb: Annotated[int | None, typer.Option(help="MiB.")] = None,
+    from_snapshot: Annotated[str | None, typer.Option(metavar="SNAPSHOT", help="Continue from this snapshot, memory included.")] = None,
     as_json: console.Json = False,
 ) -> None:
     """Start a sandbox; prints its id."""
     with console.client() as client:
         sandbox = client.sandboxes.create(
-            template, cpu, memory_mb, ttl, persistent, console.pairs(metadata, "--metadata"),
+            template, cpu, memory_mb, ttl, persistent, console.pairs(metadata, "--metadata"), from_snapshot,
             disk_mb=disk_mb, env=console.pairs(env, "--env"),
         )  # fmt: skip
     if sandbox.template_note and not as_json:
@@ -42,8 +49,10 @@ def create(
 
 @app.command("list")
 def list_sandboxes(
-    status: Annotated[str | None, typer.Option(help="Only those that are creating, running, failed or deleting.")] = None,
-    metadata: Metadata = None,
+    status: Annotated[
+        str | None, typer.Option(help="Only those that are creating, running, paused, hibernated, failed or deleting.")
+    ] = None,
+    metadata: console.Metadata = None,
     limit: Annotated[int | None, typer.Option(min=1)] = None,
     as_json: console.Json = False,
 ) -> None:
@@ -75,25 +84,13 @@ def remove(
     as_json: console.Json = False,
 ) -> None:
     """Delete sandboxes."""
-    from pandastack import errors
-
-    results: list[dict[str, Any]] = []
     with console.client() as client:
-        for sandbox_id in sandbox_ids:
-            try:
-                client.sandboxes.delete(sandbox_id)
-                results.append({"id": sandbox_id, "deleted": True})
-            except errors.NotFoundError as error:
-                # The others are still to be deleted.
-                console.say_error(f"{sandbox_id}: {error.message}", error.hint)
-                results.append({"id": sandbox_id, "deleted": False})
-    console.show(
-        results,
-        as_json,
-        lambda: print(*(item["id"] for item in results if item["deleted"]), sep="\n", end="\n" * any(item["deleted"] for item in results)),
-    )
-    if not all(item["deleted"] for item in results):
-        raise typer.Exit(1)
+
+        def delete(sandbox_id: str) -> dict[str, Any]:
+            client.sandboxes.delete(sandbox_id)
+            return {"deleted": True}
+
+        console.each(sandbox_ids, delete, {"deleted": False}, as_json)
 
 
 @app.command()

@@ -23,7 +23,7 @@ import structlog
 
 from pandastack.errors import Conflict, DiskFull, PandastackError, SnapshotUnusable
 from pandastack.host import identity
-from pandastack.host.guest import Guest
+from pandastack.host.guest import HOOK_TIMEOUT_S, Guest
 from pandastack.host.ledger import Entry
 from pandastack.host.machines import Ready, SlotKey
 from pandastack.host.registry import Registry
@@ -36,6 +36,7 @@ from pandastack.wire.ids import SandboxId, SnapshotId, new_snapshot_id
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+STILL_TIMEOUT_S = 30.0  # For stopping every process, beside the hook's time.
 
 
 class States:
@@ -142,7 +143,7 @@ class States:
         try:
             try:
                 # Inside: one that was refused has been undone, but of one without an answer nobody knows.
-                await guest.seal(freeze=True, reason=reason)
+                await guest.seal(freeze=True, reason=reason, hook_timeout_s=HOOK_TIMEOUT_S, timeout_s=STILL_TIMEOUT_S)
                 yield machine
             finally:
                 if sandbox.status in ("running", "paused"):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import builtins
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from pandastack import errors
+from pandastack.sdk.calls import forks as fork_calls
 from pandastack.sdk.calls import processes as process_calls
 from pandastack.sdk.calls import sandboxes as calls
 from pandastack.sdk.calls.processes import Cmd, Stdin
+from pandastack.sdk.facts import DEFAULT_TEMPLATE
 from pandastack.sdk.files import AsyncFilesystem
 from pandastack.sdk.processes import AsyncProcesses
-from pandastack.sdk.results import ExecResult, Lifecycle
-from pandastack.sdk.sandboxes import DEFAULT_TEMPLATE, Facts, OnText
+from pandastack.sdk.results import ExecResult, Lifecycle, Promoted
+from pandastack.sdk.sandboxes import OnText
+from pandastack.sdk.states import AsyncStates
 from pandastack.sdk.streams import AsyncOutputStream
 from pandastack.wire.processes import ExecRequest
 from pandastack.wire.sandboxes import SandboxMetrics, SandboxView
@@ -42,7 +45,7 @@ class Creating(Awaitable["AsyncSandbox"]):
             await self._sandbox.__aexit__(kind, error, trace)
 
 
-class AsyncSandbox(Facts):
+class AsyncSandbox(AsyncStates):
     """A sandbox. `async with AsyncSandbox.create() as sandbox:` deletes it at the end unless it is persistent."""
 
     def __init__(self, client: AsyncClient, view: SandboxView) -> None:
@@ -217,11 +220,6 @@ class AsyncSandbox(Facts):
         """What the sandbox costs its host: bytes and seconds."""
         return await self._client._call(calls.metrics(self.id))
 
-    async def refresh(self) -> Self:
-        """Ask again, and return itself."""
-        self._take(await self._client._call(calls.get(self.id)))
-        return self
-
     async def __aenter__(self) -> Self:
         return self
 
@@ -326,6 +324,59 @@ class AsyncSandboxes:
     async def get(self, sandbox_id: str) -> AsyncSandbox:
         """Raises SandboxNotFound."""
         return AsyncSandbox(self._client, await self._client._call(calls.get(sandbox_id)))
+
+    @overload
+    async def fork(
+        self,
+        sandbox_id: str,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: None = None,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> AsyncSandbox: ...
+
+    @overload
+    async def fork(
+        self,
+        sandbox_id: str,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: int,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> builtins.list[AsyncSandbox]: ...
+
+    async def fork(
+        self,
+        sandbox_id: str,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: int | None = None,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> AsyncSandbox | builtins.list[AsyncSandbox]:
+        """As `sandbox.fork`: one running copy, or with `count` a list of them."""
+        views = await self._client._call(fork_calls.fork(sandbox_id, metadata, count, idempotency_key), cancel)
+        children = [AsyncSandbox(self._client, view) for view in views]
+        return children[0] if count is None else children
+
+    async def fork_tree(
+        self,
+        sandbox_id: str,
+        count: int,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> builtins.list[AsyncSandbox]:
+        """As `sandbox.fork_tree`."""
+        views = await self._client._call(fork_calls.fork_tree(sandbox_id, count, metadata, idempotency_key), cancel)
+        return [AsyncSandbox(self._client, view) for view in views]
+
+    async def promote(self, sandbox_id: str, *, cleanup_siblings: bool = False, tree_id: str | None = None) -> Promoted:
+        """As `sandbox.promote`."""
+        return await self._client._call(fork_calls.promote(sandbox_id, cleanup_siblings, tree_id))
 
     async def delete(self, sandbox_id: str) -> None:
         """Raises SandboxNotFound."""

@@ -1,6 +1,6 @@
 """Client and AsyncClient: the key, the address, the connections, the retries. They differ only in how they send.
 
-Everything a client can do hangs on its namespaces (`sandboxes`, `templates`, `tokens`). One client serves many threads
+Everything a client can do hangs on its namespaces (`sandboxes`, `snapshots`, `templates`, `tokens`). One client serves many threads
 (or one event loop) and should be made once.
 """
 
@@ -24,6 +24,7 @@ from pandastack.sdk.calls.call import Answer, Call, Request
 from pandastack.sdk.results import Me
 from pandastack.sdk.retry import CreateRetryEvent
 from pandastack.sdk.sandboxes import Sandboxes
+from pandastack.sdk.snapshots import AsyncSnapshots, Snapshots
 from pandastack.sdk.templates import AsyncTemplates, Templates
 from pandastack.sdk.tokens import AsyncTokens, Tokens
 
@@ -139,6 +140,7 @@ class Client(_Base):
         self._given = transport
         self._lock = threading.Lock()
         self.sandboxes = Sandboxes(self)
+        self.snapshots = Snapshots(self)
         self.templates = Templates(self)
         self.tokens = Tokens(self)
 
@@ -231,6 +233,7 @@ class AsyncClient(_Base):
         super().__init__(api_url, api_key, timeout, api_base, max_create_retry_seconds, on_create_retry)
         self._given = transport
         self.sandboxes = AsyncSandboxes(self)
+        self.snapshots = AsyncSnapshots(self)
         self.templates = AsyncTemplates(self)
         self.tokens = AsyncTokens(self)
 

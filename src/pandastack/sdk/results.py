@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NotRequired, TypedDict
 
 from pandastack import errors
 from pandastack.wire.files import FileType
 from pandastack.wire.processes import ExecResult as WireExecResult
 from pandastack.wire.sandboxes import SandboxMetrics
+from pandastack.wire.snapshots import SnapshotView
 from pandastack.wire.templates import BakeProgress
 from pandastack.wire.templates import TemplateView as Template
 
@@ -22,7 +24,9 @@ __all__ = [
     "Me",
     "OutputEvent",
     "OutputSlice",
+    "Promoted",
     "SandboxMetrics",
+    "Snapshot",
     "Template",
     "Token",
 ]
@@ -31,12 +35,23 @@ Channel = Literal["stdout", "stderr"]
 
 
 class Lifecycle(TypedDict):
-    """Seconds. `ttl_seconds` 0 means that the sandbox does not expire."""
+    """Seconds. `ttl_seconds` 0 means that the sandbox does not expire; nothing happens to it before `keep_awake_until`."""
 
     ttl_seconds: int
     persistent: bool
     idle_seconds: int
     idle_reason: NotRequired[str | None]
+    status: NotRequired[str | None]
+    keep_awake_until: NotRequired[str | None]
+
+
+class Promoted(TypedDict):
+    """`deleted` are the ids of siblings that are gone; `failures` says why the others are not."""
+
+    winner: str
+    tree_id: str | None
+    deleted: list[str]
+    failures: dict[str, str]
 
 
 class Me(TypedDict):
@@ -172,3 +187,45 @@ class Token:
 
     def __repr__(self) -> str:
         return f"Token(prefix={self.prefix!r}, name={self.name!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot(Mapping[str, Any]):
+    """The memory and the files of a sandbox at one moment; `create(from_snapshot=snapshot.id)` continues from there.
+
+    `status` is `durable` (its bytes are on disk), `verified` (a restore of it was tried and worked) or `failed` (it was
+    tried and did not, `status_reason` says why). The facts can also be read as those of a dict: `snapshot["id"]`.
+    """
+
+    id: str
+    sandbox_id: str
+    template: str = ""
+    template_actual: str | None = None
+    status: str = "durable"
+    status_reason: str | None = None
+    size_bytes: int = 0
+    created_at: str | None = None
+    cpu: float | int | None = None
+    memory_mb: int | None = None
+    disk_mb: int | None = None
+    runtime: str | None = None
+    workspace: str = ""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return (field.name for field in fields(self))
+
+    def __len__(self) -> int:
+        return len(fields(self))
+
+    @classmethod
+    def from_wire(cls, view: SnapshotView) -> Snapshot:
+        known = {field.name: getattr(view, field.name) for field in fields(cls)}
+        return cls(**{**known, "created_at": None if view.created_at is None else str(view.created_at)})

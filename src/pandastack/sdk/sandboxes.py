@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from pandastack import errors
+from pandastack.sdk.calls import forks as fork_calls
 from pandastack.sdk.calls import processes as process_calls
 from pandastack.sdk.calls import sandboxes as calls
 from pandastack.sdk.calls.processes import Cmd, Stdin
-from pandastack.sdk.cursor import Cursor
+from pandastack.sdk.facts import DEFAULT_TEMPLATE
 from pandastack.sdk.files import Filesystem
 from pandastack.sdk.processes import Processes
-from pandastack.sdk.results import ExecResult, Lifecycle
+from pandastack.sdk.results import ExecResult, Lifecycle, Promoted
+from pandastack.sdk.states import States
 from pandastack.sdk.streams import OutputStream
 from pandastack.wire.processes import ExecRequest
 from pandastack.wire.sandboxes import SandboxMetrics, SandboxView
@@ -21,63 +23,10 @@ from pandastack.wire.sandboxes import SandboxMetrics, SandboxView
 if TYPE_CHECKING:
     from pandastack.sdk.client import CancelEvent, Client
 
-DEFAULT_TEMPLATE = "code-interpreter"
 OnText = Callable[[str], None]
 
 
-class Facts:
-    """What the API last said about a sandbox (`refresh` asks again)."""
-
-    default_template: ClassVar[str] = DEFAULT_TEMPLATE
-
-    id: str
-    template: str
-    template_actual: str | None
-    template_note: str | None
-    status: str
-    status_reason: str | None
-    cpu: float | int
-    memory_mb: int
-    disk_mb: int | None
-    metadata: dict[str, str]
-    persistent: bool
-    ttl_seconds: int | None
-    created_at: str | None
-    boot_ms: int | None
-    boot_mode: str | None
-    runtime: str | None
-    isolation: str | None
-    host_id: str | None
-    from_snapshot: str | None
-    guest_ip: str | None
-
-    def _take(self, view: SandboxView) -> None:
-        for name in FACTS:
-            setattr(self, name, getattr(view, name))
-        self.created_at = None if view.created_at is None else str(view.created_at)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything the API said, as plain values."""
-        return {name: getattr(self, name) for name in FACTS}
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(id={self.id!r}, template={self.template!r}, status={self.status!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.id == self.id
-
-    def __hash__(self) -> int:
-        return hash(self.id)
-
-    def _stream_cursor(self, cmd: Cmd | None, **options: Any) -> Cursor:
-        body = process_calls.exec_request(cmd, **options)
-        return Cursor(self.id, first=process_calls.exec_stream(self.id, body), command=process_calls.shown(cmd, options.get("code")))
-
-
-FACTS = tuple(name for name in Facts.__annotations__ if name != "default_template")
-
-
-class Sandbox(Facts):
+class Sandbox(States):
     """A sandbox. `with Sandbox.create() as sandbox:` deletes it at the end unless it is persistent; a plain call never cleans up."""
 
     def __init__(self, client: Client, view: SandboxView) -> None:
@@ -249,11 +198,6 @@ class Sandbox(Facts):
         """What the sandbox costs its host: bytes and seconds."""
         return self._client._call(calls.metrics(self.id))
 
-    def refresh(self) -> Self:
-        """Ask again, and return itself."""
-        self._take(self._client._call(calls.get(self.id)))
-        return self
-
     def __enter__(self) -> Self:
         return self
 
@@ -357,6 +301,59 @@ class Sandboxes:
     def get(self, sandbox_id: str) -> Sandbox:
         """Raises SandboxNotFound."""
         return Sandbox(self._client, self._client._call(calls.get(sandbox_id)))
+
+    @overload
+    def fork(
+        self,
+        sandbox_id: str,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: None = None,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> Sandbox: ...
+
+    @overload
+    def fork(
+        self,
+        sandbox_id: str,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: int,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> builtins.list[Sandbox]: ...
+
+    def fork(
+        self,
+        sandbox_id: str,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: int | None = None,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> Sandbox | builtins.list[Sandbox]:
+        """As `sandbox.fork`: one running copy, or with `count` a list of them."""
+        views = self._client._call(fork_calls.fork(sandbox_id, metadata, count, idempotency_key), cancel)
+        children = [Sandbox(self._client, view) for view in views]
+        return children[0] if count is None else children
+
+    def fork_tree(
+        self,
+        sandbox_id: str,
+        count: int,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> builtins.list[Sandbox]:
+        """As `sandbox.fork_tree`."""
+        views = self._client._call(fork_calls.fork_tree(sandbox_id, count, metadata, idempotency_key), cancel)
+        return [Sandbox(self._client, view) for view in views]
+
+    def promote(self, sandbox_id: str, *, cleanup_siblings: bool = False, tree_id: str | None = None) -> Promoted:
+        """As `sandbox.promote`."""
+        return self._client._call(fork_calls.promote(sandbox_id, cleanup_siblings, tree_id))
 
     def delete(self, sandbox_id: str) -> None:
         """Raises SandboxNotFound."""

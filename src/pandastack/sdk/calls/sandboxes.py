@@ -14,6 +14,9 @@ from pandastack.wire.sandboxes import SandboxMetrics, SandboxView
 
 PAGE = 100
 
+HIBERNATE_READ_S = 600.0
+"""All of its memory is written to disk, or read from it, before the answer comes."""
+
 
 def root(sandbox_id: str) -> str:
     return f"/sandboxes/{segment(sandbox_id)}"
@@ -47,10 +50,16 @@ def create(
         from_snapshot=from_snapshot,
         volumes=[dict(volume) for volume in volumes] if volumes else None,
     )
-    key = idempotency_key if idempotency_key is not None else uuid.uuid4().hex
+    headers = idempotency_header(idempotency_key)
+    return Call(build("POST", "/sandboxes", body=body, headers=headers, is_create=True), reads(SandboxView))
+
+
+def idempotency_header(key: str | None) -> dict[str, str]:
+    """The given key, or one of its own for this call."""
+    key = key if key is not None else uuid.uuid4().hex
     if not 1 <= len(key) <= 255 or not all("!" <= character <= "~" for character in key):
         raise errors.InvalidRequest("idempotency_key must be 1 to 255 visible ASCII characters", field="idempotency_key")
-    return Call(build("POST", "/sandboxes", body=body, headers={"idempotency-key": key}, is_create=True), reads(SandboxView))
+    return {"idempotency-key": key}
 
 
 def page(
@@ -86,13 +95,43 @@ def lifecycle(sandbox_id: str) -> Call[Lifecycle]:
     return Call(build("GET", f"{root(sandbox_id)}/lifecycle"), _read_lifecycle)
 
 
-def set_lifecycle(sandbox_id: str, ttl_seconds: int | None = None, persistent: bool | None = None) -> Call[Lifecycle]:
-    body = validated(wire.LifecyclePatch, ttl_seconds=ttl_seconds, persistent=persistent)
+def set_lifecycle(
+    sandbox_id: str, ttl_seconds: int | None = None, persistent: bool | None = None, keep_awake_seconds: int | None = None
+) -> Call[Lifecycle]:
+    body = validated(wire.LifecyclePatch, ttl_seconds=ttl_seconds, persistent=persistent, keep_awake_seconds=keep_awake_seconds)
     return Call(build("PATCH", f"{root(sandbox_id)}/lifecycle", body=body, safe_to_repeat=True), _read_lifecycle)
 
 
 def _read_lifecycle(answer: Answer) -> Lifecycle:
     return cast(Lifecycle, parse(wire.Lifecycle, answer.json()).model_dump())
+
+
+def pause(sandbox_id: str) -> Call[None]:
+    return Call(build("POST", f"{root(sandbox_id)}/pause", safe_to_repeat=True), nothing)
+
+
+def resume(sandbox_id: str) -> Call[None]:
+    return Call(build("POST", f"{root(sandbox_id)}/resume", safe_to_repeat=True), nothing)
+
+
+def hibernate(sandbox_id: str) -> Call[str]:
+    return _to_state(sandbox_id, "hibernate", "hibernated")
+
+
+def wake(sandbox_id: str) -> Call[str]:
+    return _to_state(sandbox_id, "wake", "running")
+
+
+def _to_state(sandbox_id: str, verb: str, status: str) -> Call[str]:
+    """They name the state to reach and not a step, as pause and resume do: sending one twice is the same as once."""
+    request = build("POST", f"{root(sandbox_id)}/{verb}", safe_to_repeat=True, read_s=HIBERNATE_READ_S)
+    return Call(request, lambda answer: _read_status(answer, status))
+
+
+def _read_status(answer: Answer, reached: str) -> str:
+    data = answer.json() if answer.body else None
+    said = data.get("status") if isinstance(data, dict) else None
+    return said if isinstance(said, str) and said else reached
 
 
 def metrics(sandbox_id: str) -> Call[SandboxMetrics]:

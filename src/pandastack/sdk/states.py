@@ -1,0 +1,253 @@
+"""What can be done with a sandbox as a whole: stop and go on, keep its state, copy it. Both kinds of sandbox inherit it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Self, overload
+
+from pandastack.sdk import branches
+from pandastack.sdk import explore as explorer
+from pandastack.sdk.branches import AsyncScore, Candidate, ExploreResult, OnOutcome, Score, Select
+from pandastack.sdk.calls import sandboxes as calls
+from pandastack.sdk.calls import snapshots as snapshot_calls
+from pandastack.sdk.facts import Facts
+from pandastack.sdk.results import Lifecycle, Promoted
+
+if TYPE_CHECKING:
+    from pandastack.sdk.async_sandboxes import AsyncSandbox
+    from pandastack.sdk.client import AsyncClient, CancelEvent, Client
+    from pandastack.sdk.sandboxes import Sandbox
+
+
+class States(Facts):
+    """The part of Sandbox about its state."""
+
+    _client: Client
+
+    def refresh(self) -> Self:
+        """Ask again, and return itself."""
+        self._take(self._client._call(calls.get(self.id)))
+        return self
+
+    def pause(self) -> None:
+        """Stop everything inside; memory stays where it is, and no CPU is used until `resume`, or until a request needs it.
+
+        One that is hibernated stays hibernated.
+        """
+        self._client._call(calls.pause(self.id))
+        self.refresh()
+
+    def resume(self) -> None:
+        self._client._call(calls.resume(self.id))
+        self.refresh()
+
+    def hibernate(self) -> None:
+        """Write memory and files to disk and free the machine. The next request to it wakes it; so does `wake`."""
+        self._is_now(self._client._call(calls.hibernate(self.id)))
+
+    def wake(self) -> None:
+        """Continue where it was hibernated. No harm when it runs."""
+        self._is_now(self._client._call(calls.wake(self.id)))
+
+    def keep_awake(self, seconds: int) -> Lifecycle:
+        """Neither hibernate nor delete it for being idle during the next `seconds`; 0 ends that."""
+        return self._client._call(calls.set_lifecycle(self.id, keep_awake_seconds=seconds))
+
+    def snapshot(self) -> str:
+        """Keep memory and files as they are now; the id of the snapshot, once all of it is on disk.
+
+        The sandbox goes on. `create(from_snapshot=...)` continues from there, as often as you like. It is not sent again
+        after a lost answer: look at `client.snapshots.list(sandbox_id=...)`.
+        """
+        return self._client._call(snapshot_calls.take(self.id))
+
+    @overload
+    def fork(
+        self,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: None = None,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> Sandbox: ...
+
+    @overload
+    def fork(
+        self,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: int,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> list[Sandbox]: ...
+
+    def fork(
+        self,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: int | None = None,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> Sandbox | list[Sandbox]:
+        """A running copy, processes and memory included; with `count` a list of so many copies of the same moment.
+
+        A copy has its own id, name, clock and randomness, and this one's metadata under `metadata`. Repeated and
+        cancelled as a create is.
+        """
+        if count is None:
+            return self._client.sandboxes.fork(self.id, metadata, cancel=cancel, idempotency_key=idempotency_key)
+        return self._client.sandboxes.fork(self.id, metadata, count=count, cancel=cancel, idempotency_key=idempotency_key)
+
+    def fork_tree(
+        self,
+        count: int,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> list[Sandbox]:
+        """`count` copies of the same moment, at most 16; they share `fork_tree_id`, by which `promote` knows siblings."""
+        return self._client.sandboxes.fork_tree(self.id, count, metadata, cancel=cancel, idempotency_key=idempotency_key)
+
+    def promote(self, *, cleanup_siblings: bool = False, tree_id: str | None = None) -> Promoted:
+        """Make this fork a sandbox of its own; `cleanup_siblings` deletes the others of its tree."""
+        return self._client.sandboxes.promote(self.id, cleanup_siblings=cleanup_siblings, tree_id=tree_id)
+
+    def explore(
+        self,
+        candidates: Sequence[Candidate | str],
+        *,
+        score_fn: Score | None = None,
+        select: Select = "max",
+        require_success: bool = True,
+        max_concurrency: int | None = None,
+        cleanup_losers: bool = True,
+        promote_winner: bool = True,
+        capture_files: bool | str = True,
+        ttl_seconds: int = branches.TTL_S,
+        on_outcome: OnOutcome | None = None,
+    ) -> ExploreResult[Sandbox]:
+        """Try every candidate in a copy of this sandbox, keep the best copy: `pandastack.explore`."""
+        return explorer.explore(
+            self,  # type: ignore[arg-type]  # It is a Sandbox: nothing else inherits this part.
+            candidates, score_fn=score_fn, select=select, require_success=require_success, max_concurrency=max_concurrency,
+            cleanup_losers=cleanup_losers, promote_winner=promote_winner, capture_files=capture_files, ttl_seconds=ttl_seconds,
+            on_outcome=on_outcome,
+        )  # fmt: skip
+
+
+class AsyncStates(Facts):
+    """The part of AsyncSandbox about its state."""
+
+    _client: AsyncClient
+
+    async def refresh(self) -> Self:
+        """Ask again, and return itself."""
+        self._take(await self._client._call(calls.get(self.id)))
+        return self
+
+    async def pause(self) -> None:
+        """Stop everything inside; memory stays where it is, and no CPU is used until `resume`, or until a request needs it.
+
+        One that is hibernated stays hibernated.
+        """
+        await self._client._call(calls.pause(self.id))
+        await self.refresh()
+
+    async def resume(self) -> None:
+        await self._client._call(calls.resume(self.id))
+        await self.refresh()
+
+    async def hibernate(self) -> None:
+        """Write memory and files to disk and free the machine. The next request to it wakes it; so does `wake`."""
+        self._is_now(await self._client._call(calls.hibernate(self.id)))
+
+    async def wake(self) -> None:
+        """Continue where it was hibernated. No harm when it runs."""
+        self._is_now(await self._client._call(calls.wake(self.id)))
+
+    async def keep_awake(self, seconds: int) -> Lifecycle:
+        """Neither hibernate nor delete it for being idle during the next `seconds`; 0 ends that."""
+        return await self._client._call(calls.set_lifecycle(self.id, keep_awake_seconds=seconds))
+
+    async def snapshot(self) -> str:
+        """Keep memory and files as they are now; the id of the snapshot, once all of it is on disk.
+
+        The sandbox goes on. `create(from_snapshot=...)` continues from there, as often as you like. It is not sent again
+        after a lost answer: look at `client.snapshots.list(sandbox_id=...)`.
+        """
+        return await self._client._call(snapshot_calls.take(self.id))
+
+    @overload
+    async def fork(
+        self,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: None = None,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> AsyncSandbox: ...
+
+    @overload
+    async def fork(
+        self,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: int,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> list[AsyncSandbox]: ...
+
+    async def fork(
+        self,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: int | None = None,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> AsyncSandbox | list[AsyncSandbox]:
+        """A running copy, processes and memory included; with `count` a list of so many copies of the same moment.
+
+        A copy has its own id, name, clock and randomness, and this one's metadata under `metadata`. Repeated and
+        cancelled as a create is.
+        """
+        if count is None:
+            return await self._client.sandboxes.fork(self.id, metadata, cancel=cancel, idempotency_key=idempotency_key)
+        return await self._client.sandboxes.fork(self.id, metadata, count=count, cancel=cancel, idempotency_key=idempotency_key)
+
+    async def fork_tree(
+        self,
+        count: int,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> list[AsyncSandbox]:
+        """`count` copies of the same moment, at most 16; they share `fork_tree_id`, by which `promote` knows siblings."""
+        return await self._client.sandboxes.fork_tree(self.id, count, metadata, cancel=cancel, idempotency_key=idempotency_key)
+
+    async def promote(self, *, cleanup_siblings: bool = False, tree_id: str | None = None) -> Promoted:
+        """Make this fork a sandbox of its own; `cleanup_siblings` deletes the others of its tree."""
+        return await self._client.sandboxes.promote(self.id, cleanup_siblings=cleanup_siblings, tree_id=tree_id)
+
+    async def explore(
+        self,
+        candidates: Sequence[Candidate | str],
+        *,
+        score_fn: AsyncScore | None = None,
+        select: Select = "max",
+        require_success: bool = True,
+        max_concurrency: int | None = None,
+        cleanup_losers: bool = True,
+        promote_winner: bool = True,
+        capture_files: bool | str = True,
+        ttl_seconds: int = branches.TTL_S,
+        on_outcome: OnOutcome | None = None,
+    ) -> ExploreResult[AsyncSandbox]:
+        """Try every candidate in a copy of this sandbox, keep the best copy: `pandastack.async_explore`."""
+        return await explorer.async_explore(
+            self,  # type: ignore[arg-type]  # It is an AsyncSandbox: nothing else inherits this part.
+            candidates, score_fn=score_fn, select=select, require_success=require_success, max_concurrency=max_concurrency,
+            cleanup_losers=cleanup_losers, promote_winner=promote_winner, capture_files=capture_files, ttl_seconds=ttl_seconds,
+            on_outcome=on_outcome,
+        )  # fmt: skip
