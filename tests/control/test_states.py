@@ -397,3 +397,36 @@ async def test_a_wrong_keep_awake_names_its_field(w: World, value: Any) -> None:
     sandbox = await w.sandbox()
     answer = await w.ours.patch(f"/v1/sandboxes/{sandbox}/lifecycle", json={"keep_awake_seconds": value})
     assert (answer.status_code, answer.json()["field"]) == (400, "keep_awake_seconds")
+
+
+# The end of the process
+
+
+async def test_a_graceful_stop_hibernates_what_is_persistent(database: Path) -> None:
+    host = FakeHost()
+    async with world(database, host, **QUIET) as w:
+        kept = [await w.sandbox(persistent=True) for _ in range(5)]
+        other, paused = await w.sandbox(), await w.sandbox(persistent=True)
+        await to(w, paused, "pause")
+        host.delays_s["hibernate"] = 0.2
+    assert [host.sandboxes[SandboxId(one)].state.status for one in kept] == ["hibernated"] * 5
+    assert host.sandboxes[SandboxId(other)].state.status == "running"
+    async with world(database, host, **QUIET) as w:
+        assert [await w.status(one) for one in kept] == [("hibernated", "shutdown")] * 5
+        assert await w.status(other) == ("running", None)
+        assert await w.status(paused) == ("paused", "request")
+        assert (await w.ours.post(f"/v1/sandboxes/{kept[0]}/exec", json={"cmd": "true"})).status_code == 200
+
+
+async def test_what_cannot_be_saved_in_time_or_at_all_runs_on(database: Path) -> None:
+    host = FakeHost()
+    async with world(database, host, shutdown_hibernate_s=0.3, shutdown_grace_s=0.1, **QUIET) as w:
+        slow = await w.sandbox(persistent=True)
+        host.delays_s["hibernate"] = 3600
+    assert host.sandboxes[SandboxId(slow)].state.status == "running"
+    async with world(database, host, shutdown_hibernate_s=5.0, **QUIET) as w:
+        host.delays_s["hibernate"] = 0.0
+        host.fail("hibernate", GuestError("its hook refused"))
+    async with world(database, host, shutdown_hibernate_s=0, **QUIET) as w:
+        assert await w.status(slow) == ("running", None)
+    assert host.sandboxes[SandboxId(slow)].state.status == "running"

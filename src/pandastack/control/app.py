@@ -67,6 +67,7 @@ def build(settings: ControlSettings, host: Host) -> FastAPI:
             records = await stack.enter_async_context(store.opened(settings.database_path))
             app.state.parts = parts = await assemble(settings, host, records, meters, stack)
             yield
+            await parts.states.hibernate_persistent()
             await parts.keys.flush()
 
     app = FastAPI(

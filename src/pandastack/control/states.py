@@ -125,6 +125,22 @@ class States:
         finally:
             self._dozing.discard(row.id)
 
+    # Asked for by the end of this process
+
+    async def hibernate_persistent(self) -> None:
+        """Save what is persistent and runs, side by side, within the time an operator grants for it (0: leave all running).
+
+        What is not done by then, or refuses, runs on: the next start finds it.
+        """
+        budget_s = self._settings.shutdown_hibernate_s
+        rows = [row for row in await self._store.sandboxes.list_of_any_tenant("running") if row.persistent] if budget_s else []
+        if not rows:
+            return
+        work = [self._crew.start("hibernate at shutdown", self._hibernate(row.id, "shutdown")) for row in rows]
+        _, late = await asyncio.wait(work, timeout=budget_s)
+        done = sum(not future.cancelled() and future.done() and future.exception() is None for future in work)
+        log.info("shutdown.hibernated", done=done, of=len(rows), late=len(late))
+
     async def _hibernate(self, sandbox_id: SandboxId, reason: str, *, decided_on: SandboxRow | None = None) -> HostSandbox:
         outcome = "internal"
         idle_for_s = None if decided_on is None else float(decided_on.ttl_seconds)
