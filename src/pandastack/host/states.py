@@ -291,15 +291,17 @@ class States:
     async def _snapshot(self, sandbox: Sandbox, snapshot_id: SnapshotId) -> HostSnapshot:
         if any(saved.manifest.id == snapshot_id for saved in self.snapshots.list("snapshot")):
             return describe(self.snapshots.get(snapshot_id))
-        async with sandbox.lock:
-            if sandbox.status == "hibernated":
-                saved = await self.snapshots.check(sandbox.entry.snapshot)
-                return describe(await self.snapshots.copy(saved, snapshot_id, "snapshot"))
-            async with self.snapshots.writing(snapshot_id) as folder:
+        async with contextlib.AsyncExitStack() as stack:
+            async with sandbox.lock:
+                if sandbox.status == "hibernated":
+                    saved = await self.snapshots.check(sandbox.entry.snapshot)
+                    return describe(await self.snapshots.copy(saved, snapshot_id, "snapshot"))
+                folder = await stack.enter_async_context(self.snapshots.writing(snapshot_id))
                 async with self.still(sandbox, "snapshot") as machine:
                     await machine.snapshot(folder, resume=True)
-                # The sandbox goes on while its state is made durable.
-                return describe(await self.snapshots.publish(snapshot_id, "snapshot", self.origin(sandbox)))
+                origin = self.origin(sandbox)
+            # The sandbox goes on, and takes requests, while its state is made durable.
+            return describe(await self.snapshots.publish(snapshot_id, "snapshot", origin))
 
     async def verify(self, snapshot_id: SnapshotId) -> None:
         """See `control.hosts.Host.verify_snapshot`. No process in the copy runs: it never gets an identity."""
