@@ -867,7 +867,7 @@ class TestHooks:
         assert await guest.seal(freeze=True) == wire.Sealed(live=0, frozen=1)
         assert time.monotonic() - begun < 2
         await guest.unseal()
-        assert list(below(daemon.pid).values()) == ["S"]
+        await until(lambda: list(below(daemon.pid).values()) == ["S"])
         assert (await guest.health()).live == 1
 
     async def test_after_restore_runs_as_the_new_machine_before_anything_else(self, binary: Path, tmp_path: Path) -> None:
