@@ -699,8 +699,8 @@ class TestFreeze:
             asyncio.create_task(old.mkdir(str(tmp_path / "directory"))),
         ]
         await old.health()  # They have arrived before it.
+        old.connection._shut(errors.GuestGone("the host died"))
         new = await daemon.open(fresh=False)
-        await old.close()
         await asyncio.gather(*calls, return_exceptions=True)
         await new.unseal()
         await run(new, argv=["sleep", "0.2"])
@@ -757,10 +757,11 @@ class TestFreeze:
             assert all(step.ok for step in (await become(other)).steps.values())
             with contextlib.suppress(errors.PandastackError):
                 await old.health(timeout_s=0.2)
+            old.connection._shut(errors.GuestGone("the host died"))
             new = await daemon.open(fresh=False)
             assert (await run(new, argv=["echo", "on"]))[0] == b"on\n"
-            for one in (old, other, new):
-                await one.close()
+            await other.close()
+            await new.close()
 
     @pytest.mark.parametrize(
         ("method", "params"),
