@@ -701,8 +701,8 @@ class TestFreeze:
             asyncio.create_task(old.mkdir(str(tmp_path / "directory"))),
         ]
         await old.health()  # They have arrived before it.
+        old.connection._shut(errors.GuestGone("the host died"))
         new = await daemon.open(fresh=False)
-        await old.close()
         await asyncio.gather(*calls, return_exceptions=True)
         await new.unseal()
         await run(new, argv=["sleep", "0.2"])
@@ -759,10 +759,11 @@ class TestFreeze:
             assert all(step.ok for step in (await become(other)).steps.values())
             with contextlib.suppress(errors.PandastackError):
                 await old.health(timeout_s=0.2)
+            old.connection._shut(errors.GuestGone("the host died"))
             new = await daemon.open(fresh=False)
             assert (await run(new, argv=["echo", "on"]))[0] == b"on\n"
-            for one in (old, other, new):
-                await one.close()
+            await other.close()
+            await new.close()
 
     @pytest.mark.parametrize(
         ("method", "params"),
@@ -869,7 +870,7 @@ class TestHooks:
         assert await guest.seal(freeze=True) == wire.Sealed(live=0, frozen=1)
         assert time.monotonic() - begun < 2
         await guest.unseal()
-        assert list(below(daemon.pid).values()) == ["S"]
+        await until(lambda: list(below(daemon.pid).values()) == ["S"])
         assert (await guest.health()).live == 1
 
     async def test_after_restore_runs_as_the_new_machine_before_anything_else(self, binary: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import tarfile
 import textwrap
 import time
 from collections.abc import Awaitable, Callable
@@ -58,6 +59,9 @@ CHROOT = """
 import pathlib, sys
 with (pathlib.Path(__file__).parent / "calls").open("a") as calls:
     calls.write("chroot " + " ".join(sys.argv[2:]) + "\\n")
+packed = pathlib.Path(sys.argv[3]) / "files.tar"
+if packed.exists():
+    (pathlib.Path(__file__).parent / "files.tar").write_bytes(packed.read_bytes())
 """
 
 
@@ -141,6 +145,23 @@ def test_the_image_names_the_mirror_it_was_made_from(bench: Bench) -> None:
     assert "secret-mirror" not in sources  # What mmdebstrap had left there.
     assert "bookworm main" in sources
     assert "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]" in sources
+
+
+def test_hooks_become_programs_of_root(bench: Bench) -> None:
+    bench.write("base", BASE + '[[users]]\nname = "user"\nuid = 1000\n')
+    for folder, content in (("hooks", "#!/bin/sh\nsync\n"), ("files/etc/pandastack/hooks", "other")):
+        hook = bench.folder / "templates/base" / folder / "before-snapshot"
+        hook.parent.mkdir(parents=True)
+        hook.write_text(content)
+    ensure(bench, "base")
+    with tarfile.open(bench.folder / "files.tar") as tar:
+        found = tar.getmember("etc/pandastack/hooks/before-snapshot")  # The last of this name, which is what stays.
+        assert (found.mode, found.uid, found.gid) == (0o755, 0, 0)
+        program = tar.extractfile(found)
+        assert program is not None
+        assert program.read() == b"#!/bin/sh\nsync\n"
+        assert (tar.getmember("etc/pandastack").isdir(), tar.getmember("etc/pandastack/hooks").mode) == (True, 0o755)
+        assert "etc/pandastack/hooks/after-restore" not in tar.getnames()
 
 
 def test_progress_counts_packages_and_ends_with_done(bench: Bench) -> None:

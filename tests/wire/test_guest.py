@@ -120,13 +120,13 @@ def test_refusal_names_the_code_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        b"", b"[]", b"{", b"null", b'{"live":"1"}', b'{"live":1.0}', b'{"live":-1}', b'{"live":true}', b'{"live":NaN}',
-        b'{"live":1,"more":2}', b'{"live":' + b"9" * 400 + b"}", b'{"live":' + b"[" * 100_000, b"\xff", b'{"live":1} x',
+        b"", b"[]", b"{", b"null", b'{"sent":"1"}', b'{"sent":1.0}', b'{"sent":-1}', b'{"sent":true}', b'{"sent":NaN}',
+        b'{"sent":1,"more":2}', b'{"sent":' + b"9" * 400 + b"}", b'{"sent":' + b"[" * 100_000, b"\xff", b'{"sent":1} x',
     ],
 )  # fmt: skip
 def test_json_must_have_exactly_the_shape(text: bytes) -> None:
     with pytest.raises(GuestProtocolError):
-        wire.parse(wire.Live, text)
+        wire.parse(wire.Sent, text)
 
 
 def test_numbers_must_be_finite() -> None:

@@ -36,6 +36,7 @@ type frozen struct {
 	whole    map[named]bool      // no thread of it runs
 	swept    bool                // kill(-1) was used: who is found stopped from here on was stopped by it
 	timeouts map[*Process]time.Duration
+	count    int // of ours, without those that were ending when they were told to stop
 	buffer   []byte
 }
 
@@ -79,7 +80,7 @@ func (r *Registry) Freeze() (int, error) {
 	r.mutex.Lock()
 	if r.frozen != nil {
 		defer r.mutex.Unlock()
-		return len(r.frozen.ours), nil
+		return r.frozen.count, nil
 	}
 	all := &frozen{since: time.Now(), thawed: make(chan struct{}), sent: map[named]time.Time{}, theirs: map[named]bool{},
 		whole: map[named]bool{}, timeouts: map[*Process]time.Duration{}, buffer: make([]byte, statBytes)}
@@ -100,7 +101,7 @@ func (r *Registry) Freeze() (int, error) {
 		r.Continue()
 		return 0, err
 	}
-	return len(all.ours), nil
+	return all.count, nil
 }
 
 // awaitStarts waits for programs that are being started: they are in no list yet, and would run on.
@@ -186,11 +187,15 @@ func (f *frozen) round(children *children, sweep bool) ([]int, error) {
 	for _, entry := range entries {
 		parents[entry.parent] = true
 	}
+	f.count = 0
 	var moving []int
 	for _, depth := range slices.Sorted(maps.Keys(levels)) {
 		var awaited []int
 		for _, entry := range levels[depth] {
 			if f.still(entry, sweep) {
+				if _, ours := f.sent[named{entry.pid, entry.started}]; ours {
+					f.count++
+				}
 				continue
 			}
 			moving = append(moving, entry.pid)
