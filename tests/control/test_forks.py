@@ -140,18 +140,20 @@ async def test_a_machine_with_room_for_some_makes_none(database: Path) -> None:
 
 
 async def test_children_count_against_what_may_be_made_at_once(database: Path) -> None:
-    async with world(database, FakeHost(create_s=0.2), creates_in_flight_max=4) as w:
+    async with world(database, creates_in_flight_max=4) as w:
         parent = await w.sandbox()
+        made = w.host.hold("create")
         making = asyncio.create_task(w.ours.post("/v1/sandboxes", json={}))
         await until(lambda: w.host.calls.get("create") == 2)
         refused = await w.ours.post(f"/v1/sandboxes/{parent}/fork-tree", json={"count": 4})
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        made.set()
         assert (await making).status_code == 201
 
 
 async def test_a_child_deleted_while_it_is_made_undoes_all(w: World) -> None:
     parent = await w.sandbox()
-    w.host.delays_s["fork"] = 0.5
+    forked = w.host.hold("fork")
     asking = asyncio.create_task(w.ours.post(f"/v1/sandboxes/{parent}/fork-tree", json={"count": 3}))
 
     async def creating() -> Any:
@@ -161,6 +163,7 @@ async def test_a_child_deleted_while_it_is_made_undoes_all(w: World) -> None:
     assert len(found) == 3
     assert {row["fork_parent_id"] for row in found} == {parent}
     assert (await w.ours.delete(f"/v1/sandboxes/{found[1]['id']}")).status_code == 204
+    forked.set()
     assert (await asking).status_code == 409
     assert await ids(w) == set(w.host.sandboxes) == {parent}
 

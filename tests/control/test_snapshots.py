@@ -94,7 +94,7 @@ async def test_a_failed_capture_leaves_nothing(w: World, error: Exception, statu
 
 async def test_what_is_being_captured_is_not_listed_and_not_deleted(w: World) -> None:
     sandbox = await w.sandbox()
-    w.host.delays_s["snapshot"] = 0.1
+    captured = w.host.hold("snapshot")
     asking = asyncio.create_task(w.ours.post(f"/v1/sandboxes/{sandbox}/snapshots"))
     await until(lambda: w.host.calls.get("snapshot"))
     (row,) = await rows(w.parts.store)
@@ -105,6 +105,7 @@ async def test_what_is_being_captured_is_not_listed_and_not_deleted(w: World) ->
     early = await w.ours.post("/v1/sandboxes", json={"from_snapshot": row.id})
     assert (early.status_code, early.json()["reason"]) == (409, "unfinished")
     await w.parts.reconciler.sweep()
+    captured.set()
     assert (await asking).status_code == 201
     assert (await w.ours.delete(f"/v1/snapshots/{row.id}")).status_code == 204
 

@@ -74,11 +74,21 @@ async def test_files_are_there_after_hibernation(w: World) -> None:
 async def test_ten_requests_at_once_wake_it_once(w: World) -> None:
     sandbox = await w.sandbox()
     await to(w, sandbox, "hibernate")
-    w.host.delays_s["wake"] = 0.05
-    asked = [w.ours.post(f"/v1/sandboxes/{sandbox}/exec", json={"cmd": "echo hi"}) for _ in range(8)]
-    answers = await asyncio.gather(*asked, to(w, sandbox, "wake"), w.ours.get(f"/v1/sandboxes/{sandbox}/processes"))
-    assert {answer.status_code for answer in answers} == {200}
+    woken = w.host.hold("wake")
+    asked = [w.ours.post(f"/v1/sandboxes/{sandbox}/exec", json={"cmd": "echo hi"}) for _ in range(9)]
+    answering = asyncio.gather(*asked, w.ours.get(f"/v1/sandboxes/{sandbox}/processes"))
+    await asyncio.sleep(0.1)
+    woken.set()
+    assert {answer.status_code for answer in await answering} == {200}
     assert (w.host.calls["wake"], w.host.wakes) == (1, {SandboxId(sandbox): 1})
+
+
+async def test_two_who_wake_it_at_once_wake_it_once(w: World) -> None:
+    sandbox = await w.sandbox()
+    await to(w, sandbox, "hibernate")
+    answers = await asyncio.gather(*(to(w, sandbox, verb) for verb in ("wake", "start", "wake")))
+    assert [answer.json() for answer in answers] == [{"status": "running"}] * 3
+    assert w.host.wakes == {SandboxId(sandbox): 1}
 
 
 async def test_a_request_resumes_a_paused_sandbox(w: World) -> None:
@@ -132,10 +142,12 @@ async def test_a_machine_without_room_says_when_to_wake_again_and_keeps_what_was
 async def test_those_who_wait_for_a_wake_are_told_of_its_failure_together(w: World) -> None:
     sandbox = await w.sandbox()
     await to(w, sandbox, "hibernate")
-    w.host.delays_s["wake"] = 0.05
+    tried = w.host.hold("wake")
     w.host.fail("wake", RuntimeFailed("damaged"))
-    answers = await asyncio.gather(*(w.ours.post(f"/v1/sandboxes/{sandbox}/exec", json={"cmd": "true"}) for _ in range(5)))
-    assert {answer.status_code for answer in answers} == {500}
+    answering = asyncio.gather(*(w.ours.post(f"/v1/sandboxes/{sandbox}/exec", json={"cmd": "true"}) for _ in range(5)))
+    await asyncio.sleep(0.5)
+    tried.set()
+    assert {answer.status_code for answer in await answering} == {500}
     assert w.host.calls["wake"] == 1
     assert (await to(w, sandbox, "wake")).json() == {"status": "running"}
 
@@ -158,10 +170,11 @@ async def test_a_change_is_finished_though_its_client_left(w: World, verb: str, 
 
 async def test_a_sandbox_deleted_while_it_is_hibernated_is_gone(w: World) -> None:
     sandbox = await w.sandbox()
-    w.host.delays_s["hibernate"] = 0.5
+    saved = w.host.hold("hibernate")
     asking = asyncio.create_task(to(w, sandbox, "hibernate"))
     await until(lambda: w.host.calls.get("hibernate"))
     assert (await w.ours.delete(f"/v1/sandboxes/{sandbox}")).status_code == 204
+    saved.set()
     assert (await asking).status_code == 404
     assert (await w.ours.get(f"/v1/sandboxes/{sandbox}")).status_code == 404
     assert not w.host.sandboxes

@@ -71,6 +71,7 @@ class FakeStates:
         self.wakes: dict[SandboxId, int] = {}
         self.templates: dict[str, TemplateState] = dict.fromkeys(TEMPLATES, "ready")
         self._failures: dict[str, list[BaseException]] = {}
+        self._held: dict[str, asyncio.Event] = {}
         self._events: list[HostEvent] = []
         self._news = asyncio.Event()
         self._advanced_s = 0.0
@@ -81,6 +82,10 @@ class FakeStates:
     def fail(self, step: str, error: BaseException, *, times: int = 1) -> None:
         """The next `times` calls of `step` raise; "create.after" and the like fail after the thing was done."""
         self._failures.setdefault(step, []).extend([error] * times)
+
+    def hold(self, step: str) -> asyncio.Event:
+        """From now on `step` waits until the event is set: a test decides what happens meanwhile, not the clock."""
+        return self._held.setdefault(step, asyncio.Event())
 
     def advance(self, seconds: float) -> None:
         """Idle time passes."""
@@ -258,6 +263,8 @@ class FakeStates:
         delay_s = self.delays_s.get(name, 0.0)
         if delay_s:
             await asyncio.sleep(delay_s)
+        if name in self._held:
+            await self._held[name].wait()
         failures = self._failures.get(name)
         if failures:
             # A real host undoes what it failed to finish.
