@@ -72,12 +72,17 @@ def client() -> Iterator[Client]:
 
 @contextmanager
 def sandbox(sandbox_id: str) -> Iterator[Sandbox]:
-    """A handle on a sandbox without asking for it first: the call that follows says whether it exists."""
+    """A client, and a handle on the sandbox."""
+    with client() as made:
+        yield handle(made, sandbox_id)
+
+
+def handle(client: Client, sandbox_id: str) -> Sandbox:
+    """A sandbox without asking for it first: the call that follows says whether it exists."""
     from pandastack.sdk.sandboxes import Sandbox
     from pandastack.wire.sandboxes import SandboxView
 
-    with client() as made:
-        yield Sandbox(made, SandboxView(id=sandbox_id))
+    return Sandbox(client, SandboxView(id=sandbox_id))
 
 
 def say(text: str) -> None:

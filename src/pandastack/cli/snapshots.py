@@ -25,12 +25,11 @@ def create(
     as_json: console.Json = False,
 ) -> None:
     """Keep a sandbox as it is now; prints the id of the snapshot when all of it is on disk. The sandbox goes on."""
-    with console.sandbox(sandbox_id) as sandbox:
-        snapshot_id = sandbox.snapshot()
-        snapshots = sandbox._client.snapshots
+    with console.client() as client:
+        snapshot_id = console.handle(client, sandbox_id).snapshot()
         if verified_within_s is not None:
-            snapshots.wait_verified(snapshot_id, verified_within_s)
-        shown = console.plain(snapshots.get(snapshot_id)) if as_json else None
+            client.snapshots.wait_verified(snapshot_id, verified_within_s)
+        shown = console.plain(client.snapshots.get(snapshot_id)) if as_json else None
     console.show(shown, as_json, lambda: print(snapshot_id))
 
 

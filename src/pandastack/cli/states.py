@@ -35,13 +35,10 @@ def wake(sandbox_ids: SandboxIds, as_json: console.Json = False) -> None:
 
 
 def _each(sandbox_ids: list[str], verb: Literal["pause", "resume", "hibernate", "wake"], as_json: bool) -> None:
-    from pandastack.sdk.sandboxes import Sandbox
-    from pandastack.wire.sandboxes import SandboxView
-
     with console.client() as client:
 
         def change(sandbox_id: str) -> dict[str, Any]:
-            sandbox = Sandbox(client, SandboxView(id=sandbox_id))
+            sandbox = console.handle(client, sandbox_id)
             getattr(sandbox, verb)()
             return {"status": sandbox.status}
 

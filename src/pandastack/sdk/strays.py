@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
@@ -47,44 +47,80 @@ def _lost(mark: str, failure: Exception) -> dict[str, str]:
 @contextmanager
 def forked(parent: Sandbox, count: int, metadata: Mapping[str, str] | None = None) -> Iterator[list[Sandbox]]:
     """Children of `parent`; leaving the block with an exception, of any kind, deletes all of them. Leaving it well, none."""
-    children = _fork(parent, count, metadata or {})
+    mark, cancel = uuid.uuid4().hex, threading.Event()
+    asked = {**(metadata or {}), MARK: mark}
+    asking = _Asking(lambda: parent._client.sandboxes.fork_tree(parent.id, count, asked, cancel=cancel))
     try:
-        yield children
+        # Ctrl-C reaches the main thread only. The request is on another one, where nothing breaks it off half-way.
+        threading.Thread(target=asking.run, name="pandastack-fork").start()
+        yield asking.result()
     except BaseException as error:
-        _note(error, reap(children))
+        cancel.set()
+        _note(error, asking.recall(lambda: _sweep(parent._client, mark)))
         raise
 
 
-def _fork(parent: Sandbox, count: int, metadata: Mapping[str, str]) -> list[Sandbox]:
-    sandboxes, mark, cancel = parent._client.sandboxes, uuid.uuid4().hex, threading.Event()
-    with ThreadPoolExecutor(1, thread_name_prefix="pandastack-fork") as pool:
-        # Ctrl-C reaches the main thread only. The request is on another one, where nothing breaks it off half-way.
-        asking = pool.submit(sandboxes.fork_tree, parent.id, count, {**metadata, MARK: mark}, cancel=cancel)
+class _Asking:
+    """One request on a thread of its own, and what becomes of its children when nobody waits for them any more.
+
+    An executor will not do: an interrupt while it starts its thread leaves a request that nobody can wait for.
+    """
+
+    def __init__(self, ask: Callable[[], list[Sandbox]]) -> None:
+        self._ask = ask
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._begun = self._abandoned = self._orphaned = False
+        self._children: list[Sandbox] = []
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        with self._lock:
+            if self._abandoned:
+                return
+            self._begun = True
         try:
-            return asking.result()
+            self._children = self._ask()
         except BaseException as error:
-            cancel.set()
-            _note(error, _recall(parent._client, asking, mark))
-            raise
+            self._error = error
+        with self._lock:
+            self._ended.set()
+        if self._orphaned:
+            reap(self._children)
 
+    def result(self) -> list[Sandbox]:
+        self._ended.wait()
+        if self._error is not None:
+            raise self._error
+        return self._children
 
-def _recall(client: Client, asking: Future[list[Sandbox]], mark: str) -> dict[str, str]:
-    """Delete what the request made or will have made; the failures."""
-    try:
-        return reap(asking.result())
-    except BaseException as error:
-        if not asking.done():
-            # The second interrupt ends the waiting; the thread of the request then deletes what comes of it.
-            asking.add_done_callback(lambda asked: asked.exception() or reap(asked.result()))
-            raise
-        if _made_nothing(error):
-            return {}
+    def recall(self, sweep: Callable[[], dict[str, str]]) -> dict[str, str]:
+        """Delete what the request made or will have made; the failures. What is not sent yet never will be."""
+        with self._lock:
+            self._abandoned = True
+            if not self._begun:
+                return {}
         try:
-            found = client.sandboxes.list(metadata={MARK: mark})
-        except errors.PandastackError as failure:
-            return _lost(mark, failure)
-        # An older server ignores the filter and tells about every sandbox there is.
-        return reap([sandbox for sandbox in found if sandbox.metadata.get(MARK) == mark])
+            self._ended.wait()
+        except BaseException:
+            # The second interrupt ends the waiting; the thread of the request then deletes what comes of it.
+            with self._lock:
+                self._orphaned = not self._ended.is_set()
+            if self._orphaned:
+                raise
+        if self._error is not None:
+            return {} if _made_nothing(self._error) else sweep()
+        return reap(self._children)
+
+
+def _sweep(client: Client, mark: str) -> dict[str, str]:
+    """The answer is lost, but the server may have done its part."""
+    try:
+        found = client.sandboxes.list(metadata={MARK: mark})
+    except errors.PandastackError as failure:
+        return _lost(mark, failure)
+    # An older server ignores the filter and tells about every sandbox there is.
+    return reap([sandbox for sandbox in found if sandbox.metadata.get(MARK) == mark])
 
 
 def reap(sandboxes: Sequence[Sandbox]) -> dict[str, str]:
@@ -103,7 +139,8 @@ def reap(sandboxes: Sequence[Sandbox]) -> dict[str, str]:
 
     # A second Ctrl-C ends the waiting below, but not the deleting: Python finishes these threads before it exits.
     with ThreadPoolExecutor(min(DELETES_AT_ONCE, len(sandboxes)), thread_name_prefix="pandastack-reap") as pool:
-        results = list(pool.map(delete, sandboxes))
+        deleting = [pool.submit(delete, sandbox) for sandbox in sandboxes]
+        results = [deleted.result() for deleted in deleting]
     return {sandbox.id: failure for sandbox, failure in zip(sandboxes, results, strict=True) if failure is not None}
 
 
@@ -132,15 +169,18 @@ async def _async_fork(parent: AsyncSandbox, count: int, metadata: Mapping[str, s
 
 async def _async_recall(client: AsyncClient, asking: asyncio.Task[list[AsyncSandbox]], mark: str) -> dict[str, str]:
     try:
-        return await async_reap(await asking)
+        children = await asking
     except Exception as error:
-        if _made_nothing(error):
-            return {}
-        try:
-            found = await client.sandboxes.list(metadata={MARK: mark})
-            return await async_reap([sandbox for sandbox in found if sandbox.metadata.get(MARK) == mark])
-        except errors.PandastackError as failure:
-            return _lost(mark, failure)
+        return {} if _made_nothing(error) else await _async_sweep(client, mark)
+    return await async_reap(children)
+
+
+async def _async_sweep(client: AsyncClient, mark: str) -> dict[str, str]:
+    try:
+        found = await client.sandboxes.list(metadata={MARK: mark})
+    except errors.PandastackError as failure:
+        return _lost(mark, failure)
+    return await async_reap([sandbox for sandbox in found if sandbox.metadata.get(MARK) == mark])
 
 
 async def async_reap(sandboxes: Sequence[AsyncSandbox]) -> dict[str, str]:
