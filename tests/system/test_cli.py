@@ -115,3 +115,26 @@ def test_bench_compares_with_the_bare_tool(cli: Run, tmp_path: Path) -> None:
     assert 0 < timed["p50_ms"] <= timed["p95_ms"] <= timed["p99_ms"]
     assert timed["ratio_p50"] == pytest.approx(timed["p50_ms"] / timed["bare_p50_ms"], abs=0.01)
     assert next(row["value"] for row in rows if row["case"] == "200 in parallel: errors") == 0
+
+
+def test_bench_saves_wakes_and_copies(cli: Run, tmp_path: Path) -> None:
+    words = ("snapshot", "fork", "wake", "--state-mb", "0", "--children", "2", "-n", "1")
+    done = cli("bench", *words, "--json", "rows.json", timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = {(row["benchmark"], row["case"]): row for row in json.loads((tmp_path / "rows.json").read_text())}
+    compared = [
+        ("snapshot", "0 MB: durable"),
+        ("fork", "0 MB, 2 children: first answers"),
+        ("fork", "0 MB, 2 children: all answer"),
+        ("wake", "0 MB: all"),
+    ]
+    assert all(rows[key]["p50_ms"] > 0 and rows[key]["bare_p50_ms"] > 0 and rows[key]["ratio_p50"] > 0 for key in compared)
+    assert rows["fork", "0 MB, 2 children: pause of the parent"]["p50_ms"] > 0
+    assert rows["fork", "0 MB, 2 children: memory of each"]["unit"] == "MiB PSS"
+    assert rows["snapshot", "0 MB: written"]["value"] > 1
+    assert rows["snapshot", "0 MB: durable"]["note"]
+
+
+def test_bench_refuses_sizes_that_are_none(cli: Run) -> None:
+    for words in (("--state-mb", "large"), ("--children", "0"), ("--children", "1,17")):
+        assert cli("bench", "fork", *words).returncode == 2

@@ -6,14 +6,18 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from pandastack.bench import benchmarks, figures
+from pandastack.bench import bare, benchmarks, figures, forks, states
 from pandastack.errors import PandastackError
 
-NAMES = ("create", "exec", "files", "burst", "idle")
+NAMES = ("create", "exec", "files", "burst", "idle", "snapshot", "fork", "wake")
+_STATES_MB = (0, 50, 300)
+_LARGE_STATE_MB = 1000  # By default only where there is memory for it.
+_CHILDREN = (1, 4, 8, 16)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,17 +28,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("benchmark", nargs="*", choices=[*NAMES, []], help=f"which ones: {', '.join(NAMES)} (default: all)")
     parser.add_argument("--template", default="base")
-    parser.add_argument("-n", "--samples", type=int, help="samples of each case (default: 20 creates, 100 execs, 3 large files)")
+    parser.add_argument("-n", "--samples", type=int, help="samples of each case (default: 20 creates, 100 execs, 3 large files, 5 states)")
     parser.add_argument("--slots", type=int, default=4, help="prepared machines for `create` (default: 4)")
     parser.add_argument("--burst", type=int, default=30, help="creates at once (default: 30)")
     parser.add_argument("--burst-slots", type=int, default=32, help="prepared machines for `burst` (default: 32)")
     parser.add_argument("--size-mib", type=int, default=1024, help="size of the large file (default: 1024)")
+    parser.add_argument(
+        "--state-mb", type=_numbers(0, 1 << 20), help="sizes of the states to save (default: 0,50,300, and 1000 if it fits)"
+    )
+    parser.add_argument("--children", type=_numbers(1, 16), default=_CHILDREN, help="children of a fork (default: 1,4,8,16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     arguments = parser.parse_args(argv)
-    console = Console()
+    # Without a terminal nobody sets a width, and a narrow table is hard to read.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     progress = Console(stderr=True)
     # Ended from outside, it must still take its server and sandboxes with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _end)
+    bare.adopt_orphans()
     try:
         if os.geteuid() != 0:
             raise PandastackError("bench must run as root, because it drives runsc by hand to compare", hint="run it with sudo")
@@ -63,7 +73,35 @@ def _measure(arguments: argparse.Namespace, say: benchmarks.Say) -> list[figures
         rows += benchmarks.burst(template, arguments.burst, arguments.burst_slots, say)
     if "idle" in wanted:
         rows += benchmarks.idle(template, n or 10, say)
+    sizes_mb = arguments.state_mb or [*_STATES_MB, *([_LARGE_STATE_MB] if forks.fits(_LARGE_STATE_MB, 1) else [])]
+    if "snapshot" in wanted:
+        rows += states.snapshot(template, sizes_mb, n or 5, say)
+    if "fork" in wanted:
+        rows += forks.fork(template, sizes_mb, arguments.children, n or 5, say)
+    if "wake" in wanted:
+        rows += states.wake(template, sizes_mb, n or 5, say)
     return rows
+
+
+def _numbers(least: int, most: int) -> Callable[[str], list[int]]:
+    """Reads `0,50`: each once, in order."""
+
+    def read(text: str) -> list[int]:
+        try:
+            found = sorted({int(word) for word in text.split(",")})
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text} is no list of numbers like {least},8") from None
+        if found[0] < least or found[-1] > most:
+            raise argparse.ArgumentTypeError(f"each must be between {least} and {most}")
+        return found
+
+    return read
+
+
+def _end(*_: object) -> None:
+    # Whoever says it twice must not break off the cleaning up.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 if __name__ == "__main__":

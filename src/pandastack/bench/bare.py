@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import secrets
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +24,27 @@ from pandastack.errors import HostUnfit
 from pandastack.host import app as host_app
 from pandastack.host import fetch_runsc
 from pandastack.host.bakery import default_limits
-from pandastack.host.runtimes.base import MachineId, MachineSpec
+from pandastack.host.runtimes import cgroups
+from pandastack.host.runtimes.base import Limits, MachineId, MachineSpec
 from pandastack.host.runtimes.gvisor import command
 from pandastack.host.settings import HostSettings
 from pandastack.host.storage.disks import Disks
 from pandastack.host.storage.images import Images
 
 _TIMEOUT_S = 60.0
+_GROUP = "pandastack-bench"
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+@contextlib.contextmanager
+def work() -> Iterator[Path]:
+    """A folder for what runsc is given, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="pandastack-bare-", dir="/var/tmp") as folder:
+        try:
+            yield Path(folder)
+        finally:
+            # A newer runsc mounts a namespace below its root that it never removes.
+            subprocess.run(["umount", "--quiet", f"{folder}/root/null-netns"], capture_output=True, check=False, timeout=_TIMEOUT_S)
 
 
 @dataclass(frozen=True)
@@ -43,32 +59,36 @@ class Bare:
     @contextlib.contextmanager
     def sandbox(self, work: Path) -> Iterator[tuple[str, list[str], float]]:
         """A sandbox that sleeps: its id, the command prefix to speak of it, and how long `runsc run` took (seconds)."""
-        name = "bare-" + secrets.token_hex(4)
-        bundle = work / name
-        bundle.mkdir()
-        disks = Disks(work / "disks", low_water_mib=0)
-        disk = asyncio.run(disks.create(name, self.spec.limits.disk_mib))
-        config = command.bundle(self.spec, f"/pandastack-bench/{name}")
-        config["process"]["args"] = ["/bin/sleep", "infinity"]
-        config["linux"]["resources"] = {
-            "memory": {"limit": self.spec.limits.memory_mib << 20},
-            "cpu": {"quota": round(self.spec.limits.cpu * 100_000), "period": 100_000},
-        }
-        (bundle / "config.json").write_text(json.dumps(config))
-        prefix = [str(self.runsc), f"--root={work}/root", "--platform=systrap", "--network=none", f"--overlay2=root:dir={disk}"]
-        try:
+        with self.prepared(work, ["/bin/sleep", "infinity"], self.spec.limits) as (name, bundle, prefix):
             began = time.perf_counter()
             call([*prefix, "run", "--detach", "--bundle", str(bundle), name])
             yield name, prefix, time.perf_counter() - began
-        finally:
-            subprocess.run([*prefix, "delete", "--force", name], capture_output=True, timeout=_TIMEOUT_S, check=False)
-            asyncio.run(disks.delete(name))
-            shutil.rmtree(bundle, ignore_errors=True)
-            for parent in Path("/sys/fs/cgroup").glob("*/pandastack-bench"):
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
-            with contextlib.suppress(OSError):
-                Path("/sys/fs/cgroup/pandastack-bench").rmdir()
+
+    @contextlib.contextmanager
+    def prepared(self, work: Path, program: Sequence[str], limits: Limits) -> Iterator[tuple[str, Path, list[str]]]:
+        """All that a sandbox needs, before runsc is asked for one: its id, its bundle, the command prefix to speak of it.
+
+        What was started under the id is gone when the block ends, also where runsc was killed half way.
+        """
+        name = "bare-" + secrets.token_hex(4)
+        bundle, disks = work / name, Disks(work / "disks", low_water_mib=0)
+        prefix = [str(self.runsc), f"--root={work}/root", "--platform=systrap", "--network=none", f"--overlay2=root:dir={disks.path(name)}"]
+        cgroup = cgroups.MachineCgroup(cgroups.detect(), _GROUP, name)
+        with contextlib.ExitStack() as undo:
+            undo.callback(shutil.rmtree, bundle, ignore_errors=True)
+            bundle.mkdir()
+            undo.callback(lambda: asyncio.run(disks.delete(name)))
+            asyncio.run(disks.create(name, limits.disk_mib))
+            config = command.bundle(self.spec, cgroup.path)
+            config["process"]["args"] = list(program)
+            config["linux"]["resources"] = {
+                "memory": {"limit": limits.memory_mib << 20},
+                "cpu": {"quota": round(limits.cpu * 100_000), "period": 100_000},
+            }
+            (bundle / "config.json").write_text(json.dumps(config))
+            undo.callback(cgroup.remove)
+            undo.callback(delete, name, prefix)
+            yield name, bundle, prefix
 
     def exec_true(self, name: str, prefix: list[str]) -> float:
         """How long `runsc exec /bin/true` takes, in seconds."""
@@ -92,14 +112,55 @@ def bare(template: str) -> Bare:
     return Bare(found[0], image.rootfs, guest, spec)
 
 
-def call(argv: list[str]) -> None:
+def delete(name: str, prefix: Sequence[str]) -> None:
+    """`runsc delete`, which waits until the kernel has forgotten the sandbox: it is reaped here, for a slow init would count as runsc's."""
+    pids = [pid for file in _root(prefix).glob(f"{name}_sandbox:*.state") for pid in _pids(file)]
+    process = subprocess.Popen(
+        [*prefix, "delete", "--force", name], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + _TIMEOUT_S
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            pids = [pid for pid in pids if not _reaped(pid)]
+            time.sleep(0.001)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of the sandboxes that runsc detaches, so that it can reap them."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _root(prefix: Sequence[str]) -> Path:
+    return Path(next(word.removeprefix("--root=") for word in prefix if word.startswith("--root=")))
+
+
+def _pids(state: Path) -> list[int]:
+    try:
+        read = json.loads(state.read_text())
+        return [int(read["sandbox"]["pid"]), int(read["goferPid"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _reaped(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
+
+
+def call(argv: Sequence[str], *, timeout_s: float = _TIMEOUT_S) -> None:
     """Run to the end with its output going nowhere: a detached sandbox would keep a pipe open."""
     process = subprocess.run(
         argv,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        timeout=_TIMEOUT_S,
+        timeout=timeout_s,
         check=False,
         env={"PATH": os.defpath},
     )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from pandastack.bench import bare, memory, server
@@ -22,20 +20,10 @@ _GIB = 1 << 30
 _MIB = 1 << 20
 
 
-@contextmanager
-def _work() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="pandastack-bare-", dir="/var/tmp") as folder:
-        try:
-            yield Path(folder)
-        finally:
-            # A newer runsc mounts a namespace below its root that it never removes.
-            subprocess.run(["umount", "--quiet", f"{folder}/root/null-netns"], capture_output=True, check=False)
-
-
 def create(template: str, n: int, slots: int, say: Say) -> list[Row]:
     """From the call to the result of the first command, with prepared slots and without."""
     rows = []
-    with _work() as work:
+    with bare.work() as work:
         for case, pool, promise in (("with slots", slots, 0.5), ("without slots", 0, 1.0)):
             with server.running(slots=pool, template=template) as running:
                 by_hand = bare.bare(template)
@@ -64,7 +52,7 @@ def _first_exec(running: server.Server, template: str) -> float:
 
 def exec_(template: str, n: int, say: Say) -> list[Row]:
     """One command after another, and many side by side, in one sandbox."""
-    with _work() as work, server.running(slots=0, template=template) as running:
+    with bare.work() as work, server.running(slots=0, template=template) as running:
         by_hand = bare.bare(template)
         with running.client.sandboxes.create(template) as sandbox, by_hand.sandbox(work) as (name, prefix, _):
             for _ in range(3):
@@ -136,7 +124,7 @@ async def _burst(running: server.Server, template: str, n: int) -> tuple[float, 
 
 def files(template: str, size_mib: int, n: int, say: Say) -> list[Row]:
     """A large file up and down against a plain copy of it, and what that and a flood of output cost the server's memory."""
-    with _work() as work, server.running(slots=0, template=template) as running:
+    with bare.work() as work, server.running(slots=0, template=template) as running:
         source, copy, back = work / "source", work / "copy", work / "back"
         _random_file(source, size_mib)
         disk_mb = 3 * size_mib + 512

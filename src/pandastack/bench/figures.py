@@ -17,7 +17,7 @@ class Row:
     """One line of a benchmark. Milliseconds; `ratio_p50` is ours by the bare tool's, below 1 is faster than it.
 
     `value` with `unit` carries what is no duration (a rate, bytes); `target` is what this project promises for it, and
-    `met` whether it held in this run.
+    `met` whether it held in this run. `note` says what one must know to read the figure.
     """
 
     benchmark: str
@@ -33,6 +33,7 @@ class Row:
     unit: str | None = None
     target: str | None = None
     met: bool | None = None
+    note: str | None = None
 
 
 def percentile(samples: Sequence[float], share: float) -> float:
@@ -42,7 +43,14 @@ def percentile(samples: Sequence[float], share: float) -> float:
 
 
 def timing(
-    benchmark: str, case: str, runtime: str, ours_s: Sequence[float], bare_s: Sequence[float] | None = None, *, at_most: float | None = None
+    benchmark: str,
+    case: str,
+    runtime: str,
+    ours_s: Sequence[float],
+    bare_s: Sequence[float] | None = None,
+    *,
+    at_most: float | None = None,
+    note: str | None = None,
 ) -> Row:
     """A row of durations; `at_most` is the promised ratio to the bare tool."""
     p50 = percentile(ours_s, 0.5) * 1000
@@ -60,16 +68,26 @@ def timing(
         ratio_p50=ratio,
         target=f"ratio <= {at_most:g}" if at_most is not None else None,
         met=ratio <= at_most if ratio is not None and at_most is not None else None,
+        note=note,
     )
 
 
 def quantity(
-    benchmark: str, case: str, runtime: str, n: int, value: float, unit: str, *, at_least: float | None = None, at_most: float | None = None
+    benchmark: str,
+    case: str,
+    runtime: str,
+    n: int,
+    value: float,
+    unit: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    note: str | None = None,
 ) -> Row:
     """A row of something that is no duration, with its promise if there is one."""
     target = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}" if at_most is not None else None
     met = value >= at_least if at_least is not None else value <= at_most if at_most is not None else None
-    return Row(benchmark=benchmark, case=case, runtime=runtime, n=n, value=round(value, 2), unit=unit, target=target, met=met)
+    return Row(benchmark=benchmark, case=case, runtime=runtime, n=n, value=round(value, 2), unit=unit, target=target, met=met, note=note)
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
@@ -82,6 +100,8 @@ def show(rows: Sequence[Row], console: Console) -> None:
         numbers = [_text(number) for number in (row.p50_ms, row.p95_ms, row.p99_ms, row.bare_p50_ms, row.ratio_p50)]
         table.add_row(row.benchmark, row.case, str(row.n), *numbers, value, promised)
     console.print(table)
+    for note in dict.fromkeys(f"{row.benchmark}: {row.note}" for row in rows if row.note):
+        console.print(note)
 
 
 def write(rows: Sequence[Row], file: Path) -> None:

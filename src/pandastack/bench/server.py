@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx2
 
-from pandastack.errors import HostUnfit
+from pandastack.errors import HostUnfit, PandastackError
 from pandastack.sdk.client import Client
 from pandastack.wire.host import HostInfo
 
@@ -83,9 +83,7 @@ def running(*, slots: int, template: str) -> Iterator[Server]:
                 try:
                     yield Server(process.pid, local["api_url"], local["token"], client)
                 finally:
-                    # A server that stops leaves its sandboxes running; nobody would find these again.
-                    for sandbox in client.sandboxes.list():
-                        sandbox.kill()
+                    _clear(client)
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -93,3 +91,18 @@ def running(*, slots: int, template: str) -> Iterator[Server]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _clear(client: Client) -> None:
+    """Delete every sandbox, also those of a fork that is still under way.
+
+    A server that stops leaves its sandboxes running; nobody would find these again.
+    """
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    while left := client.sandboxes.list():
+        for sandbox in left:
+            # Another of the same fork may have taken it along; what was refused is tried again.
+            with contextlib.suppress(PandastackError):
+                sandbox.kill()
+        if time.monotonic() > deadline:
+            raise HostUnfit("the sandboxes of the benchmark could not be deleted", hint="look at the server's log")
