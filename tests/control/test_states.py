@@ -79,6 +79,7 @@ async def test_ten_requests_at_once_wake_it_once(w: World) -> None:
     answers = await asyncio.gather(*asked, to(w, sandbox, "wake"), w.ours.get(f"/v1/sandboxes/{sandbox}/processes"))
     assert {answer.status_code for answer in answers} == {200}
     assert (w.host.calls["wake"], w.host.wakes) == (1, {SandboxId(sandbox): 1})
+    assert (await w.ours.get(f"/v1/sandboxes/{sandbox}")).json()["boot_mode"] == "wake"
 
 
 async def test_a_request_resumes_a_paused_sandbox(w: World) -> None:

@@ -15,7 +15,7 @@ from . import notes
 from .conftest import MakeServer
 from .servers import until
 
-SIZE_MIB = 1500
+SIZE_MIB = 3000
 RESERVE_MIB = 64
 BALLAST_MIB = 100
 

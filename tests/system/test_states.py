@@ -126,7 +126,7 @@ def test_an_idle_sandbox_is_hibernated_if_it_is_persistent_and_deleted_if_not(ma
     time.sleep(4)
     assert (listed(client)[working.id].status, listed(client)[kept.id].status) == ("running", "running")
     life = working.lifecycle()
-    assert (life["idle_seconds"], life["idle_reason"]) == (0, "processes"), life
+    assert (life["idle_seconds"], life["idle_reason"]) == (0, "processes run inside"), life
     life = kept.lifecycle()
     assert life["idle_seconds"] > 2, life
     assert life["keep_awake_until"] is not None
