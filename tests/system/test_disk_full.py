@@ -45,7 +45,7 @@ def leave_mib(folder: Path, mib: int) -> Path:
 def test_what_has_no_room_is_refused_and_the_sandbox_goes_on(small: Path, own_server: MakeServer) -> None:
     server = own_server(work=small / "server", environ={"PANDASTACK_DISK_LOW_WATER_MB": str(RESERVE_MIB)})
     client = server.client(max_create_retry_seconds=0)
-    sandbox, other = client.sandboxes.create("base", persistent=True), client.sandboxes.create("base")
+    sandbox, other = (client.sandboxes.create("base", persistent=True, disk_mb=512) for _ in range(2))
     notes.begin(sandbox, ballast_mib=BALLAST_MIB)
     told = []
     verbs: list[Callable[[], object]] = [sandbox.snapshot, sandbox.hibernate, sandbox.fork, lambda: sandbox.fork(count=3)]
@@ -79,7 +79,7 @@ def test_what_has_no_room_is_refused_and_the_sandbox_goes_on(small: Path, own_se
     filler = leave_mib(small, 2)
     all_refused()
     with pytest.raises(errors.DiskFull):
-        client.sandboxes.create("base")
+        client.sandboxes.create("base", disk_mb=512)
     assert client.sandboxes.get(other.id).exec("cat /var/file").stdout == "content"
     other.kill()
     with pytest.raises(errors.SandboxNotFound):
@@ -100,7 +100,7 @@ def test_what_has_no_room_is_refused_and_the_sandbox_goes_on(small: Path, own_se
 def test_a_hibernated_sandbox_wakes_on_a_full_disk_or_says_why_not(small: Path, own_server: MakeServer) -> None:
     server = own_server(work=small / "server", environ={"PANDASTACK_DISK_LOW_WATER_MB": str(RESERVE_MIB)})
     client = server.client(max_create_retry_seconds=0)
-    sandbox = client.sandboxes.create("base", persistent=True)
+    sandbox = client.sandboxes.create("base", persistent=True, disk_mb=512)
     notes.begin(sandbox)
     sandbox.exec("head -c 100M /dev/urandom > /var/large; sync", check=True)
     sandbox.hibernate()
