@@ -234,6 +234,11 @@ async def test_the_state_of_a_usable_sandbox_follows_its_host(records: Store, ou
         assert found is not None
         # What it is already keeps the reason for which it became so.
         assert (found.status, found.status_reason) == (status, "idle" if status == "hibernated" else reason)
+    for status in ("running", "paused", "paused"):
+        assert await records.sandboxes.set_state_of_any_tenant(made.id, status, None, boot_mode=f"to-{status}", boot_ms=7)
+        found = await records.sandboxes.find(ours, made.id)
+        assert found is not None
+        assert (found.boot_mode, found.boot_ms) == (f"to-{status}", 7)
     with pytest.raises(ValueError, match="failed"):
         await records.sandboxes.set_state_of_any_tenant(made.id, "failed", None)
     await records.sandboxes.set_state_of_any_tenant(made.id, "paused", None)

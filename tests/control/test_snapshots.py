@@ -145,7 +145,7 @@ async def test_one_that_does_not_restore_is_failed_and_can_not_be_used(w: World,
     assert (await w.ours.delete(f"/v1/snapshots/{snapshot}")).status_code == 204
 
 
-@pytest.mark.parametrize("error", [CapacityError("full", retry_after_s=1), OSError("away")])
+@pytest.mark.parametrize("error", [CapacityError("full", retry_after_s=1), DiskFull("full"), OSError("away")])
 async def test_a_machine_that_can_not_verify_now_does_so_later(database: Path, error: Exception) -> None:
     async with world(database, sweep_interval_s=0.05) as w:
         w.host.fail("verify", error)

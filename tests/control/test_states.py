@@ -81,6 +81,7 @@ async def test_ten_requests_at_once_wake_it_once(w: World) -> None:
     woken.set()
     assert {answer.status_code for answer in await answering} == {200}
     assert (w.host.calls["wake"], w.host.wakes) == (1, {SandboxId(sandbox): 1})
+    assert (await w.ours.get(f"/v1/sandboxes/{sandbox}")).json()["boot_mode"] == "wake"
 
 
 async def test_two_who_wake_it_at_once_wake_it_once(w: World) -> None:

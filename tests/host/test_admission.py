@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pandastack.errors import CapacityError, InvalidRequest
+from pandastack.errors import CapacityError, DiskFull, InvalidRequest
 from pandastack.host import admission as module
 from pandastack.host.admission import Admission, Totals
 from pandastack.host.runtimes.base import Limits
@@ -62,7 +62,7 @@ def test_what_could_never_fit_is_a_wrong_request(field: str) -> None:
 def test_the_floor_of_really_free_memory_and_disk_holds() -> None:
     with pytest.raises(CapacityError, match="memory is free"):
         made(free_memory_mib=511).reserve(SandboxId("a"), limits())
-    with pytest.raises(CapacityError, match="disk is free"):
+    with pytest.raises(DiskFull, match="disk is free"):
         made(free_disk_mib=0).reserve(SandboxId("a"), limits())
 
 

@@ -68,7 +68,11 @@ def _check(server: Server) -> None:
         left = client.sandboxes.list()
         for sandbox in left:
             sandbox.kill()
-    assert left == [], "the test left sandboxes behind"
+        kept = client.snapshots.list()
+        for snapshot in kept:
+            client.snapshots.delete(snapshot.id)
+    assert (left, kept) == ([], []), "the test left sandboxes or snapshots behind"
+    assert list((server.data / "captures").iterdir()) == []
 
 
 @pytest.fixture
@@ -133,13 +137,16 @@ def any_make(any_client: Client) -> Iterator[MakeSandbox]:
 
 @pytest.fixture
 def own_server(tmp_path: Path, _shared: _Shared) -> Iterator[MakeServer]:
-    """Makes servers of the test's own (started, unless `start=False`); after the test nothing of them may be left."""
+    """Makes servers of the test's own; after the test nothing of them may be left.
+
+    They are started, unless `start=False`, and live in a folder of the test, unless `work` names another.
+    """
     # With the shared one first, the templates are in the cache.
     _shared.get("default", {})
     made: list[Server] = []
 
-    def make_server(*, start: bool = True, **options: Any) -> Server:
-        server = Server(tmp_path / f"own{len(made)}", **options)
+    def make_server(*, start: bool = True, work: Path | None = None, **options: Any) -> Server:
+        server = Server(work or tmp_path / f"own{len(made)}", **options)
         made.append(server)
         if start:
             server.start()

@@ -122,7 +122,7 @@ class Server:
         self.process.wait()
 
     def end(self) -> None:
-        """Delete every sandbox, stop, and fail where anything is left."""
+        """Delete every sandbox and snapshot, stop, and fail where anything is left."""
         for client in self._clients:
             client.close()
         if self.process is None:
@@ -133,7 +133,9 @@ class Server:
             for sandbox in client.sandboxes.list():
                 with contextlib.suppress(Exception):
                     sandbox.kill()
-            assert client.sandboxes.list() == []
+            for snapshot in client.snapshots.list():
+                client.snapshots.delete(snapshot.id)
+            assert (client.sandboxes.list(), client.snapshots.list()) == ([], [])
         self.stop()
         self.assert_nothing_left()
 
@@ -160,9 +162,9 @@ class Server:
             with contextlib.suppress(OSError):
                 if marks[0] in path.read_text():
                     found.append(f"loop device {path.parts[3]}: {path.read_text().strip()}")
-        for folder in ("machines", "disks", "ledger"):
+        for folder in ("machines", "disks", "ledger", "captures", "snapshots", "snapshots/.new"):
             if (self.data / folder).exists():
-                found += [f"file {path}" for path in (self.data / folder).iterdir() if path.name != "empty"]
+                found += [f"file {path}" for path in (self.data / folder).iterdir() if path.name not in ("empty", ".new")]
         return found
 
     def assert_nothing_left(self) -> None:

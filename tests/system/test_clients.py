@@ -88,6 +88,74 @@ except pandastack.AuthError:
 print(json.dumps(seen))
 """
 
+PYTHON_STATES = """
+import json
+import pandastack
+from pandastack import Candidate, Sandbox
+assert "site-packages" in pandastack.__file__, pandastack.__file__
+seen = {}
+client = pandastack.Client()
+sandbox = Sandbox.create("base", metadata={"client": "published"}, ttl_seconds=600, persistent=True)
+sandbox.exec("nohup sh -c 'i=0; while sleep 0.05; do i=$((i+1)); echo $i > /var/beat; done' > /dev/null 2>&1 &")
+sandbox.filesystem.write("/var/note", "kept")
+sandbox.pause()
+seen["paused"] = [sandbox.refresh().status, Sandbox.get(sandbox.id).status]
+sandbox.resume()
+seen["resumed"] = sandbox.refresh().status
+sandbox.hibernate()
+seen["hibernated"] = [sandbox.refresh().status, sandbox.lifecycle()["status"], sandbox.lifecycle()["persistent"]]
+sandbox.wake()
+sandbox.wake()
+seen["woken"] = sandbox.refresh().status
+sandbox.hibernate()
+seen["woken by a command"] = [sandbox.exec("cat /var/note").stdout, sandbox.refresh().status]
+beat = sandbox.exec("cat /var/beat").stdout
+seen["goes on"] = sandbox.exec(f"sleep 1; test $(cat /var/beat) != {beat.strip()}").exit_code
+snapshot = sandbox.snapshot()
+seen["snapshot"] = snapshot == client.snapshots.get(snapshot)["id"]
+seen["snapshots"] = [item["id"] == snapshot for item in client.snapshots.list(sandbox_id=sandbox.id)]
+seen["sizes"] = [item["size_bytes"] > 0 and bool(item["created_at"]) for item in client.snapshots.list()]
+copy = Sandbox.create(from_snapshot=snapshot)
+seen["from snapshot"] = [copy.filesystem.read("/var/note").decode(), copy.status, copy.template, copy.id != sandbox.id]
+copy.kill()
+client.snapshots.delete(snapshot)
+seen["deleted"] = client.snapshots.list()
+for call in (lambda: client.snapshots.get(snapshot), lambda: Sandbox.create("base", from_snapshot=snapshot)):
+    try:
+        call()
+    except (pandastack.NotFoundError, pandastack.BadRequestError) as error:
+        seen.setdefault("gone", []).append(type(error).__name__)
+child = sandbox.fork({"branch": "one"})
+seen["fork"] = [child.status, child.template, child.metadata["branch"], child.metadata["client"]]
+seen["fork of"] = child.metadata["fork_parent_id"] == sandbox.id
+seen["fork has"] = child.filesystem.read("/var/note").decode()
+child.filesystem.write("/var/note", "the child's")
+seen["parent has"] = sandbox.filesystem.read("/var/note").decode()
+child.kill()
+tree = sandbox.fork_tree(3)
+seen["tree"] = [len({item.id for item in tree}), len({item.metadata["fork_tree_id"] for item in tree})]
+promoted = tree[1].promote(cleanup_siblings=True)
+seen["promoted"] = [promoted["winner"] == tree[1].id, sorted(promoted["deleted"]) == sorted([tree[0].id, tree[2].id]), promoted["failures"]]
+seen["left"] = sorted(item.id for item in Sandbox.list()) == sorted([sandbox.id, tree[1].id])
+tree[1].kill()
+best, function = Candidate.shell("best", "echo 9 | tee /root/nine"), Candidate.call("fn", lambda item: item.exec("echo 5").stdout)
+result = sandbox.explore(
+    ["echo 3", best, function, "exit 1"],
+    score_fn=lambda item, outcome: float(outcome.value or outcome.stdout_tail or 0),
+)
+seen["explored"] = [result.winner_outcome.label, result.winner_outcome.score, result.winner_outcome.files_changed, len(result.reaped)]
+seen["no errors"] = [result.errors, result.reap_failures]
+seen["winner"] = result.winner.exec("cat /root/nine").stdout
+result.winner.kill()
+try:
+    sandbox.explore(["exit 1", "exit 2"])
+except pandastack.ExploreError:
+    seen["none"] = "ExploreError"
+seen["alone"] = [item.id == sandbox.id for item in Sandbox.list()]
+sandbox.kill()
+print(json.dumps(seen))
+"""
+
 NODE_STORY = """
 import * as sdk from '@pandastack/sdk';
 const { Sandbox } = sdk;
@@ -106,6 +174,26 @@ seen.read = typeof back === 'string' ? back : Buffer.from(back).toString();
 seen.list = (await sandbox.filesystem.list('/var/story')).map((entry) => entry.name);
 seen.lifecycle = (await sandbox.lifecycle()).ttl_seconds ?? (await sandbox.lifecycle()).ttlSeconds;
 seen.listed = (await Sandbox.list()).some((item) => item.id === sandbox.id);
+const snapshot = await sandbox.snapshot();
+const client = new sdk.Client();
+seen.snapshots = (await client.snapshots.list({ sandbox_id: sandbox.id })).map((item) => item.id === snapshot.id);
+const copy = await Sandbox.create({ from_snapshot: snapshot.id });
+seen.copy = Buffer.from(await copy.filesystem.read('/var/story/a b+c')).toString();
+await copy.kill();
+await client.snapshots.delete(snapshot.id);
+seen.deleted = await client.snapshots.list();
+await sandbox.pause();
+await sandbox.resume();
+await sandbox.hibernate();
+await sandbox.wake();
+const tree = await sandbox.forkTree({ count: 2 });
+seen.tree = [tree.length, (await tree[0].exec('cat "/var/story/a b+c"')).stdout];
+const promoted = await tree[0].promote({ cleanupSiblings: true });
+seen.promoted = [promoted.winner === tree[0].id, promoted.deleted.length === 1 && promoted.deleted[0] === tree[1].id];
+await tree[0].kill();
+const child = await sandbox.fork();
+seen.fork = (await child.exec('cat "/var/story/a b+c"')).stdout;
+await child.kill();
 await sandbox.kill();
 seen.gone = await Sandbox.get(sandbox.id).then(() => 'there', (error) => error.constructor.name);
 console.log(JSON.stringify(seen));
@@ -139,13 +227,19 @@ def story(server: Server, command: list[str], tmp_path: Path) -> dict[str, objec
     return seen
 
 
-def test_the_published_python_client_works_unmodified(server: Server, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def published_python() -> str:
+    """An interpreter that has the published client."""
     folder = cache_dir() / "test-clients" / "python-0.10.0"
     if not (folder / ".done").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True, timeout=200, capture_output=True)
     installed(folder, [str(folder / "bin/pip"), "install", "--quiet", "pandastack==0.10.0"], "pandastack 0.10.0")
-    seen = story(server, [str(folder / "bin/python"), "-c", PYTHON_STORY], tmp_path)
+    return str(folder / "bin/python")
+
+
+def test_the_published_python_client_works_unmodified(server: Server, published_python: str, tmp_path: Path) -> None:
+    seen = story(server, [published_python, "-c", PYTHON_STORY], tmp_path)
     assert seen == {
         "created": ["running", "code-interpreter"],
         "exec": ["out\n", "err\n", 3],
@@ -179,6 +273,36 @@ def test_the_published_python_client_works_unmodified(server: Server, tmp_path: 
     }
 
 
+def test_states_snapshots_and_forks_of_the_published_python_client(server: Server, published_python: str, tmp_path: Path) -> None:
+    seen = story(server, [published_python, "-c", PYTHON_STATES], tmp_path)
+    assert seen == {
+        "paused": ["paused", "paused"],
+        "resumed": "running",
+        "hibernated": ["hibernated", "hibernated", True],
+        "woken": "running",
+        "woken by a command": ["kept", "running"],
+        "goes on": 0,
+        "snapshot": True,
+        "snapshots": [True],
+        "sizes": [True],
+        "from snapshot": ["kept", "running", "base", True],
+        "deleted": [],
+        "gone": ["NotFoundError", "BadRequestError"],
+        "fork": ["running", "base", "one", "published"],
+        "fork of": True,
+        "fork has": "kept",
+        "parent has": "kept",
+        "tree": [3, 1],
+        "promoted": [True, True, {}],
+        "left": True,
+        "explored": ["best", 9.0, ["/root/nine"], 3],
+        "no errors": [[], {}],
+        "winner": "9\n",
+        "none": "ExploreError",
+        "alone": [True],
+    }
+
+
 def test_the_published_node_client_works_unmodified(server: Server, tmp_path: Path) -> None:
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
@@ -200,5 +324,11 @@ def test_the_published_node_client_works_unmodified(server: Server, tmp_path: Pa
         "list": ["a b+c"],
         "lifecycle": 600,
         "listed": True,
+        "snapshots": [True],
+        "copy": "hello",
+        "deleted": [],
+        "tree": [2, "hello"],
+        "promoted": [True, True],
+        "fork": "hello",
         "gone": "NotFoundError",
     }

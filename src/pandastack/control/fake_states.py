@@ -313,6 +313,7 @@ class FakeStates:
                 await self._step("restore")
                 self.wakes[sandbox_id] = self.wakes.get(sandbox_id, 0) + 1
                 found.active_at = self._now()
+                found.state = found.state.model_copy(update={"boot_mode": "wake", "boot_ms": 1})
             else:
                 return found
             found.become("running")

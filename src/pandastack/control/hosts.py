@@ -121,7 +121,7 @@ class Host(Protocol):
     async def wake(self, sandbox_id: SandboxId) -> HostSandbox:
         """Bring a hibernated sandbox back, once for all who ask at the same time. Idempotent; resumes a paused one.
 
-        Raises CapacityError, SnapshotUnusable, RuntimeFailed; what was saved stays then.
+        Raises CapacityError, DiskFull, SnapshotUnusable, RuntimeFailed; what was saved stays then.
         """
         ...
 
@@ -137,7 +137,7 @@ class Host(Protocol):
         ...
 
     async def verify_snapshot(self, snapshot_id: SnapshotId) -> None:
-        """Prove it by a restore that nobody sees. Raises SnapshotNotFound, SnapshotUnusable, or CapacityError (ask again)."""
+        """Prove it by a restore that nobody sees. Raises SnapshotNotFound, SnapshotUnusable; CapacityError, DiskFull (ask again)."""
         ...
 
     async def list_snapshots(self) -> builtins.list[HostSnapshot]: ...

@@ -27,7 +27,16 @@ from pandastack.control.store import Store
 from pandastack.control.store.sandboxes import SandboxRow
 from pandastack.control.store.snapshots import SnapshotRow
 from pandastack.control.work import Crew
-from pandastack.errors import CapacityError, Conflict, GuestError, PandastackError, RuntimeFailed, SnapshotNotFound, SnapshotUnusable
+from pandastack.errors import (
+    CapacityError,
+    Conflict,
+    DiskFull,
+    GuestError,
+    PandastackError,
+    RuntimeFailed,
+    SnapshotNotFound,
+    SnapshotUnusable,
+)
 from pandastack.wire.ids import SnapshotId, TenantId, is_uuid, new_snapshot_id
 from pandastack.wire.snapshots import SnapshotView
 
@@ -169,7 +178,7 @@ class Snapshots:
         try:
             async with asyncio.timeout(self._settings.state_timeout_s):
                 await self._host.verify_snapshot(snapshot_id)
-        except (CapacityError, TimeoutError):
+        except (CapacityError, DiskFull, TimeoutError):
             # Says something about the machine just now, and nothing about the snapshot.
             return "later"
         except SnapshotNotFound:

@@ -192,7 +192,7 @@ class States:
                 if await self._store.sandboxes.mark_found_of_any_tenant(sandbox_id, state.status, why):
                     log.info("sandbox.found", sandbox=sandbox_id)
                 else:
-                    await self._store.sandboxes.set_state_of_any_tenant(sandbox_id, state.status, why)
+                    await self._record(state, why)
 
     async def _change(self, sandbox_id: SandboxId, ask: Callable[[], Awaitable[HostSandbox]]) -> HostSandbox:
         """One turn: ask the host, record its answer. Raises where the sandbox can not be used any more when it is over."""
@@ -202,10 +202,15 @@ class States:
             if state.status not in USABLE:
                 raise SandboxNotRunning(f"the sandbox is {state.status}", sandbox_status=state.status, status_reason=state.status_reason)
             reason = None if state.status == "running" else state.status_reason
-            if not await self._store.sandboxes.set_state_of_any_tenant(sandbox_id, state.status, reason):
+            if not await self._record(state, reason):
                 row = await self._store.sandboxes.find_of_any_tenant(sandbox_id)
                 raise SandboxNotFound("no such sandbox") if row is None else not_usable(row)
             return state
+
+    async def _record(self, state: HostSandbox, reason: str | None) -> bool:
+        return await self._store.sandboxes.set_state_of_any_tenant(
+            state.id, state.status, reason, boot_mode=state.boot_mode, boot_ms=state.boot_ms
+        )
 
 
 def kept_awake(row: SandboxRow) -> bool:

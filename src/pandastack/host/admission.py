@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pandastack.errors import CapacityError, InvalidRequest
+from pandastack.errors import CapacityError, DiskFull, InvalidRequest
 from pandastack.host.runtimes.base import Limits
 from pandastack.wire.host import HostCapacity
 from pandastack.wire.ids import SandboxId
@@ -47,7 +47,7 @@ class Admission:
         self._reserved: dict[SandboxId, Limits] = {}
 
     def reserve(self, sandbox_id: SandboxId, limits: Limits, *, known: bool = False) -> None:
-        """Promise `limits` to a sandbox, or raise CapacityError. `known` sandboxes already run and always fit.
+        """Promise `limits` to a sandbox, or raise CapacityError, or DiskFull at the floor. `known` sandboxes already run and always fit.
 
         Raises InvalidRequest for what this machine could never hold.
         """
@@ -77,8 +77,6 @@ class Admission:
             if disk + limits.disk_mib > self._totals.disk_mib
             else "hardly any memory is free"
             if self._free_memory_mib() < self._memory_floor_mib
-            else "hardly any disk is free"
-            if self._free_disk_mib() <= 0
             else None
         )
         if full:
@@ -86,6 +84,11 @@ class Admission:
                 f"this machine is full ({full})",
                 hint="delete sandboxes, ask for less, or try again later",
                 retry_after_s=RETRY_AFTER_S,
+            )
+        if self._free_disk_mib() <= 0:
+            raise DiskFull(
+                "hardly any disk is free on this machine",
+                hint="delete snapshots or sandboxes, or give the data directory more space",
             )
 
     def _sum_memory(self) -> int:

@@ -171,14 +171,22 @@ class Sandboxes:
         found = await self._all(select(_table).where(_table.c.id == sandbox_id))
         return found[0] if found else None
 
-    async def set_state_of_any_tenant(self, sandbox_id: SandboxId, status: str, reason: str | None) -> bool:
-        """To another usable status, as its host says. False where it is not usable; a row that has it already keeps its reason."""
+    async def set_state_of_any_tenant(
+        self, sandbox_id: SandboxId, status: str, reason: str | None, *, boot_mode: str | None = None, boot_ms: int | None = None
+    ) -> bool:
+        """To another usable status, as its host says. False where it is not usable; a row that has it already keeps its reason.
+
+        `boot_mode` and `boot_ms` tell how it came to run the last time; None leaves what is known.
+        """
         if status not in USABLE:
             raise ValueError(f"{status!r} is not a state that a usable sandbox can be in")
         others = [known for known in USABLE if known != status]
         values = {"status": status, "status_reason": reason[:256] if reason else None}
+        boot = {} if boot_mode is None else {"boot_mode": boot_mode, "boot_ms": boot_ms}
         async with self._writing(sandbox_id) as connection:
-            if await self._change(connection, sandbox_id, _table.c.id == sandbox_id, others, **values):
+            if await self._change(connection, sandbox_id, _table.c.id == sandbox_id, others, **values, **boot):
+                return True
+            if boot and await self._change(connection, sandbox_id, _table.c.id == sandbox_id, (status,), **boot):
                 return True
             same = select(_table.c.id).where(_table.c.id == sandbox_id, _table.c.status == status)
             return (await connection.execute(same)).first() is not None
