@@ -399,7 +399,7 @@ async def test_a_ttl_that_was_raised_meanwhile_is_respected(database: Path) -> N
         row = await w.parts.store.sandboxes.find_of_any_tenant(SandboxId(sandbox))
         assert row is not None
         w.host.advance(61)
-        await w.ours.patch(f"/v1/sandboxes/{sandbox}/lifecycle", json={"ttl_seconds": 61})
+        await w.ours.patch(f"/v1/sandboxes/{sandbox}/lifecycle", json={"ttl_seconds": 3600})
         w.parts.states.doze(row)
         await until(lambda: not w.parts.states._dozing)
         assert await w.status(sandbox) == ("running", None)

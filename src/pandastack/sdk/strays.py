@@ -89,7 +89,7 @@ class _Asking:
             reap(self._children)
 
     def result(self) -> list[Sandbox]:
-        self._ended.wait()
+        _wait(self._ended)
         if self._error is not None:
             raise self._error
         return self._children
@@ -101,7 +101,7 @@ class _Asking:
             if not self._begun:
                 return {}
         try:
-            self._ended.wait()
+            _wait(self._ended)
         except BaseException:
             # The second interrupt ends the waiting; the thread of the request then deletes what comes of it.
             with self._lock:
@@ -111,6 +111,12 @@ class _Asking:
         if self._error is not None:
             return {} if _made_nothing(self._error) else sweep()
         return reap(self._children)
+
+
+def _wait(event: threading.Event) -> None:
+    # Again and again, because a signal that comes right before a wait is seen only when the wait is over.
+    while not event.wait(0.5):
+        pass
 
 
 def _sweep(client: Client, mark: str) -> dict[str, str]:
