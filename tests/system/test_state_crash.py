@@ -100,7 +100,7 @@ def test_killed_in_the_middle_of_saving_waking_and_copying(own_server: MakeServe
     story = Story(own_server())
     for delay_s in (0.1, 0.6):
         killed_while_it_hibernates_and_wakes(story, delay_s)
-    for delay_s in (0.4, 1.0, 2.0):
+    for delay_s in (0.4, 1.2, 3.0):
         killed_while_it_is_forked(story, delay_s)
     for delay_s in (0.2, 0.8):
         killed_while_a_snapshot_is_taken(story, delay_s)
