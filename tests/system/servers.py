@@ -46,7 +46,9 @@ class Server:
         self.data = work / "data"
         self.log = work / "log"
         self.slots = slots
-        self.environ = {**os.environ, "XDG_CONFIG_HOME": str(work / "config"), **(environ or {})}
+        # Without compiled modules a start takes seconds of CPU, and these tests start servers dozens of times.
+        compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(cache_dir() / "test-pycache")}
+        self.environ = {**os.environ, **compiled, "XDG_CONFIG_HOME": str(work / "config"), **(environ or {})}
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
         self.url = self.token = ""

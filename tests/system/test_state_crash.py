@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 from pandastack import errors
 from pandastack.sdk.client import Client
 from pandastack.sdk.sandboxes import Sandbox
@@ -17,9 +15,8 @@ from . import notes
 from .conftest import MakeServer
 from .servers import Server
 
-# So much that saving it takes longer than the delays.
+# So much that every verb takes about a second or more, of which the delays see different parts.
 BALLAST_MIB = 200
-DELAYS_S = (0.1, 0.5, 1.2)
 
 
 class Asked:
@@ -98,46 +95,47 @@ class Story:
         assert list((self.server.data / "captures").iterdir()) == []
 
 
-@pytest.fixture
-def story(own_server: MakeServer) -> Story:
-    return Story(own_server())
-
-
-def test_killed_while_it_hibernates_or_wakes(story: Story) -> None:
-    for delay_s in DELAYS_S:
-        asked = killed_during(story.server, story.box, lambda sandbox: sandbox.hibernate(), delay_s)
-        found = story.server.client().sandboxes.get(story.box)
-        assert found.status in (("hibernated",) if asked.answered else ("hibernated", "running"))
-        found.hibernate()
-        killed_during(story.server, story.box, lambda sandbox: sandbox.wake(), delay_s)
-        assert story.server.client().sandboxes.get(story.box).status in ("hibernated", "running")
-        assert story.check(delay_s) == {}
+def test_killed_in_the_middle_of_saving_waking_and_copying(own_server: MakeServer) -> None:
+    # One after the other on one server: what one of them left would trip the next.
+    story = Story(own_server())
+    for delay_s in (0.1, 0.6):
+        killed_while_it_hibernates_and_wakes(story, delay_s)
+    for delay_s in (0.4, 1.2, 3.0):
+        killed_while_it_is_forked(story, delay_s)
+    for delay_s in (0.2, 0.8):
+        killed_while_a_snapshot_is_taken(story, delay_s)
     story.end()
 
 
-def test_killed_while_it_is_forked(story: Story) -> None:
-    for delay_s in (*DELAYS_S, 2.5):
-        asked = killed_during(story.server, story.box, lambda sandbox: sandbox.fork(count=4), delay_s)
-        before = list(story.words[story.box])
-        others = story.check(delay_s)
-        assert len(others) in ((4,) if asked.answered else (0, 4)), (delay_s, story.server.said())
-        for child in others.values():
-            assert child.status == "running"
-            assert notes.add(child, "child") == [*before, "child"]
-            child.kill()
-    story.end()
+def killed_while_it_hibernates_and_wakes(story: Story, delay_s: float) -> None:
+    asked = killed_during(story.server, story.box, lambda sandbox: sandbox.hibernate(), delay_s)
+    found = story.server.client().sandboxes.get(story.box)
+    assert found.status in (("hibernated",) if asked.answered else ("hibernated", "running"))
+    found.hibernate()
+    killed_during(story.server, story.box, lambda sandbox: sandbox.wake(), delay_s)
+    assert story.server.client().sandboxes.get(story.box).status in ("hibernated", "running")
+    assert story.check(delay_s) == {}
 
 
-def test_killed_while_a_snapshot_is_taken(story: Story) -> None:
-    for delay_s in DELAYS_S:
-        asked = killed_during(story.server, story.box, lambda sandbox: sandbox.snapshot(), delay_s)
-        before = list(story.words[story.box])
-        assert story.check(delay_s) == {}
-        client = story.server.client()
-        names = [snapshot.id for snapshot in client.snapshots.list()]
-        assert names == [asked.answer] if asked.answered else len(names) <= 1, delay_s
-        for name in names:
-            with client.sandboxes.create(from_snapshot=name) as copy:
-                assert notes.add(copy, "copy") == [*before, "copy"]
-            client.snapshots.delete(name)
-    story.end()
+def killed_while_it_is_forked(story: Story, delay_s: float) -> None:
+    asked = killed_during(story.server, story.box, lambda sandbox: sandbox.fork(count=4), delay_s)
+    before = list(story.words[story.box])
+    others = story.check(delay_s)
+    assert len(others) in ((4,) if asked.answered else (0, 4)), (delay_s, story.server.said())
+    for child in others.values():
+        assert child.status == "running"
+        assert notes.add(child, "child") == [*before, "child"]
+        child.kill()
+
+
+def killed_while_a_snapshot_is_taken(story: Story, delay_s: float) -> None:
+    asked = killed_during(story.server, story.box, lambda sandbox: sandbox.snapshot(), delay_s)
+    before = list(story.words[story.box])
+    assert story.check(delay_s) == {}
+    client = story.server.client()
+    names = [snapshot.id for snapshot in client.snapshots.list()]
+    assert names == [asked.answer] if asked.answered else len(names) <= 1, delay_s
+    for name in names:
+        with client.sandboxes.create(from_snapshot=name) as copy:
+            assert notes.add(copy, "copy") == [*before, "copy"]
+        client.snapshots.delete(name)
