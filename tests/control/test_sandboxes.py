@@ -186,12 +186,13 @@ async def test_a_key_is_replayed_also_after_the_sandbox_is_gone_and_after_a_rest
 
 
 async def test_a_key_with_another_body_is_a_conflict_also_while_the_first_runs(w: World) -> None:
-    w.host.delays_s["create"] = 0.05
+    go_on = w.host.hold("create")
     first = asyncio.create_task(w.ours.post("/v1/sandboxes", json={}, headers=KEY))
-    await asyncio.sleep(0.02)
+    await until(lambda: w.host.calls.get("create") == 1)
     for _ in range(2):
         other = await w.ours.post("/v1/sandboxes", json={"template": "base"}, headers=KEY)
         assert (other.status_code, other.json()["code"]) == (409, "idempotency_conflict")
+        go_on.set()
         await asyncio.wait([first])
     assert (await first).status_code == 201
 

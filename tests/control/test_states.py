@@ -80,7 +80,8 @@ async def test_ten_requests_at_once_wake_it_once(w: World) -> None:
     await asyncio.sleep(0.1)
     woken.set()
     assert {answer.status_code for answer in await answering} == {200}
-    assert (w.host.calls["wake"], w.host.wakes) == (1, {SandboxId(sandbox): 1})
+    # A late one may ask again, and finds it awake.
+    assert w.host.wakes == {SandboxId(sandbox): 1}
     assert (await w.ours.get(f"/v1/sandboxes/{sandbox}")).json()["boot_mode"] == "wake"
 
 
