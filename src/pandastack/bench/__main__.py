@@ -12,11 +12,11 @@ from pathlib import Path
 from rich.console import Console
 
 from pandastack.bench import bare, benchmarks, figures, forks, states
+from pandastack.bench.workloads import LARGE_STATE_MB
 from pandastack.errors import PandastackError
 
 NAMES = ("create", "exec", "files", "burst", "idle", "snapshot", "fork", "wake")
 _STATES_MB = (0, 50, 300)
-_LARGE_STATE_MB = 1000  # By default only where there is memory for it.
 _CHILDREN = (1, 4, 8, 16)
 
 
@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("benchmark", nargs="*", choices=[*NAMES, []], help=f"which ones: {', '.join(NAMES)} (default: all)")
     parser.add_argument("--template", default="base")
-    parser.add_argument("-n", "--samples", type=int, help="samples of each case (default: 20 creates, 100 execs, 3 large files, 5 states)")
+    parser.add_argument(
+        "-n", "--samples", type=int, help="samples of each case (default: 20 creates, 100 execs, 3 large files, 5 states, 2 of 1000 MB)"
+    )
     parser.add_argument("--slots", type=int, default=4, help="prepared machines for `create` (default: 4)")
     parser.add_argument("--burst", type=int, default=30, help="creates at once (default: 30)")
     parser.add_argument("--burst-slots", type=int, default=32, help="prepared machines for `burst` (default: 32)")
@@ -73,13 +75,13 @@ def _measure(arguments: argparse.Namespace, say: benchmarks.Say) -> list[figures
         rows += benchmarks.burst(template, arguments.burst, arguments.burst_slots, say)
     if "idle" in wanted:
         rows += benchmarks.idle(template, n or 10, say)
-    sizes_mb = arguments.state_mb or [*_STATES_MB, *([_LARGE_STATE_MB] if forks.fits(_LARGE_STATE_MB, 1) else [])]
+    sizes_mb = arguments.state_mb or [*_STATES_MB, *([LARGE_STATE_MB] if forks.fits(LARGE_STATE_MB, 1) else [])]
     if "snapshot" in wanted:
-        rows += states.snapshot(template, sizes_mb, n or 5, say)
+        rows += states.snapshot(template, sizes_mb, n, say)
     if "fork" in wanted:
-        rows += forks.fork(template, sizes_mb, arguments.children, n or 5, say)
+        rows += forks.fork(template, sizes_mb, arguments.children, n, say)
     if "wake" in wanted:
-        rows += states.wake(template, sizes_mb, n or 5, say)
+        rows += states.wake(template, sizes_mb, n, say)
     return rows
 
 

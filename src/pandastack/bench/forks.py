@@ -23,8 +23,8 @@ _ONE_BY_ONE = "the bare tool saves once and then restores the children one after
 _TIMES_EIGHT = "against 8 times what the bare tool takes for one child"
 
 
-def fork(template: str, sizes_mb: Sequence[int], counts: Sequence[int], n: int, say: Say) -> list[Row]:
-    """Raises nothing for what does not fit: sizes and numbers of children that need more memory than is free are left out."""
+def fork(template: str, sizes_mb: Sequence[int], counts: Sequence[int], samples: int | None, say: Say) -> list[Row]:
+    """Sizes and numbers of children that need more memory than is free are left out."""
     rows = []
     with bare.work() as work, server.running(slots=0, template=template) as running:
         by_hand = bare.bare(template)
@@ -34,7 +34,7 @@ def fork(template: str, sizes_mb: Sequence[int], counts: Sequence[int], n: int, 
                 continue
             say(f"fork {size_mb} MB: filling memory")
             with workload.sandbox(running, template) as parent, bare_states.holding(by_hand, work, workload) as held:
-                rows += _Fork(running, parent, held, size_mb, fitting).rows(n, say)
+                rows += _Fork(running, parent, held, size_mb, fitting).rows(workload.samples(samples), say)
     return rows
 
 

@@ -15,6 +15,7 @@ from pandastack.sdk.sandboxes import Sandbox
 
 READY = "/tmp/state-is-there"  # noqa: S108 - a path inside the sandbox
 READY_TIMEOUT_S = 120.0
+LARGE_STATE_MB = 1000
 _ANSWER_TIMEOUT_S = 60.0
 _QUIET_S = 1.0
 
@@ -53,6 +54,10 @@ class Workload:
     def memory_mb(self) -> int:
         # A sandbox is charged for the files that it is saved into until they are on disk, so there is room for a part of them.
         return 512 + self.state_mb + self.state_mb // 4
+
+    def samples(self, wanted: int | None) -> int:
+        """How many to take of each case, where nobody said it: few of what takes long."""
+        return wanted or (5 if self.state_mb < LARGE_STATE_MB else 2)
 
     def limits(self, usual: Limits) -> Limits:
         return replace(usual, memory_mib=self.memory_mb)
