@@ -127,6 +127,10 @@ def delete(name: str, prefix: Sequence[str]) -> None:
         if process.poll() is None:
             process.kill()
             process.wait()
+    # Whatever else has ended in between, our own sandboxes included: thousands of zombies would slow down every look into /proc.
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def adopt_orphans() -> None:
