@@ -17,7 +17,7 @@ class HostSettings(BaseSettings):
     data_dir: Path = Path("/var/lib/pandastack")
     cache_dir: Path = Path("/var/cache/pandastack")
     run_dir: Path = Path("/run/pandastack")
-    captures_dir: Path | None = Field(default=None, description="where forks are copied through; a tmpfs is faster and costs memory")
+    captures_dir: Path | None = Field(default=None, description="where forks are copied through; a tmpfs is as fast and costs memory")
     templates_dir: Path | None = Field(default=None, description="a folder of your own templates, beside the shipped ones")
     runtime: Literal["auto", "gvisor"] = "auto"
     runsc: Path | None = Field(default=None, description="the runsc to use instead of the one on PATH or Debian's")
