@@ -2,7 +2,7 @@
 
     running <-> paused          in memory, no CPU
     running  -> hibernated      still -> saved -> durable -> remembered -> machine given back
-    hibernated -> running       reserved -> checked -> restored -> identity -> remembered -> saved state given back
+    hibernated -> running       reserved -> restored and checked -> identity -> remembered -> saved state given back
 
 A sandbox that is being saved is *still*: its processes are stopped and its daemon is sealed, so what is saved is one instant, and
 a copy of it runs no instruction before it has an identity of its own. Whatever fails, either what was saved or what runs is
@@ -52,12 +52,16 @@ class States:
 
     async def once(self, verb: str, name: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run `work`, or join the run of it that is under way. It is finished also when nobody waits any more."""
+        return await asyncio.shield(self.later(verb, name, work))
+
+    def later(self, verb: str, name: str, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
+        """The same for what nobody waits for."""
         task = self._jobs.get((verb, name))
         if task is None:
             task = self._jobs[verb, name] = asyncio.create_task(work(), name=f"{verb} {name}")
             task.add_done_callback(lambda _: self._jobs.pop((verb, name), None))
             task.add_done_callback(_seen)
-        return await asyncio.shield(task)
+        return task
 
     async def abandon(self, name: str) -> None:
         """Undo what is under way for a sandbox that is to be deleted."""
@@ -106,7 +110,8 @@ class States:
             if sandbox.status == "paused":
                 await self._resume(sandbox)
             elif sandbox.status == "hibernated":
-                await self._restore(sandbox)
+                with self.registry.machines.refills.paused():
+                    await self._restore(sandbox)
             elif sandbox.status != "running":
                 raise not_running(sandbox, sandbox.entry.reason)
 
@@ -229,16 +234,19 @@ class States:
                     await asyncio.shield(self.snapshots.delete(snapshot_id))
                     raise
                 sandbox.entry, sandbox.status, sandbox.stored_bytes = entry, "hibernated", saved.size_bytes
-            await self._let_go(sandbox)
+            sandbox.frozen = sandbox.working = sandbox.strays = False
+            left = self.registry.part(sandbox)
+            self.later("let go", left.machine.spec.id, lambda: self._let_go(sandbox, left))
             self.registry.tell("hibernated", sandbox.id, reason)
 
-    async def _let_go(self, sandbox: Sandbox) -> None:
-        """Give memory and CPU back. What resists is tried again before the next restore, or swept by the next start."""
-        sandbox.frozen = sandbox.working = sandbox.strays = False
+    async def _let_go(self, sandbox: Sandbox, left: Ready) -> None:
+        """Give back what a hibernated sandbox had, in a moment in which nobody waits for it."""
         try:
-            await self.registry.end(sandbox)
+            await self.registry.machines.discard_ready(left)
         except (PandastackError, OSError) as error:
             log.error("what a hibernated sandbox held could not be given back", sandbox_id=sandbox.id, error=str(error))
+            if sandbox.machine is None:
+                sandbox.machine = left.machine  # Tried again before the next restore; otherwise the next start sweeps it.
 
     async def _restore(self, sandbox: Sandbox) -> None:
         """Bring a hibernated sandbox back; the caller holds its lock. When it fails, what was saved stays."""
@@ -249,11 +257,10 @@ class States:
         async with contextlib.AsyncExitStack() as undo:
             self.registry.admission.reserve(sandbox.id, sandbox.limits)
             undo.callback(self.registry.admission.release, sandbox.id)
-            saved = await self.snapshots.check(before.snapshot)
-            key = self.key(saved, sandbox.limits)
+            saved = self.snapshots.get(before.snapshot)
             fresh = identity.fresh(sandbox.id, before.request.hostname, before.env, machine_id=before.machine_id or None)
             async with self.registry.starts:
-                ready = await self._start(key, fresh)
+                ready = await self._start(saved, sandbox.limits, fresh)
             undo.push_async_callback(self.registry.machines.discard_ready, ready)
             entry = before.model_copy(
                 update={
@@ -271,11 +278,24 @@ class States:
             undo.pop_all()
         sandbox.entry, sandbox.machine, sandbox.guest, sandbox.stored_bytes = entry, ready.machine, ready.guest, 0
         self.registry.enter(sandbox)
-        await self.snapshots.delete(saved.manifest.id)
         self.registry.tell("running", sandbox.id)
+        # Nobody waits for that; what a killed daemon leaves of it, the next start clears.
+        self.later("clear", saved.manifest.id, lambda: self.snapshots.delete(saved.manifest.id))
 
-    async def _start(self, key: SlotKey, fresh: identity.Identity) -> Ready:
-        ready = await self.registry.machines.restored(key, quiet=False)
+    async def _start(self, saved: Saved, limits: Limits, fresh: identity.Identity) -> Ready:
+        """A machine that goes on from a saved state, as soon as that has proved to be what was saved."""
+        key = self.key(saved, limits)
+        # Reading all of it twice, one after the other, would double the time. What is restored does nothing yet.
+        restoring = asyncio.create_task(self.registry.machines.restored(key, quiet=False, blank=True))
+        try:
+            await self.snapshots.check(saved.manifest.id)
+            ready = await asyncio.shield(restoring)
+        except BaseException:
+            restoring.cancel()
+            (outcome,) = await asyncio.gather(restoring, return_exceptions=True)
+            if not isinstance(outcome, BaseException):
+                await self.registry.machines.discard_ready(outcome)
+            raise
         try:
             await identity.confirm(ready.guest, fresh)
         except BaseException:
