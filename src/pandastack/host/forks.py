@@ -102,11 +102,14 @@ class Forks:
             folder = self._root / uuid.uuid4().hex
             await asyncio.to_thread(folder.mkdir, 0o700)
             async with contextlib.AsyncExitStack() as left:
-                left.callback(self._states.later, "clear", folder.name, lambda: asyncio.to_thread(shutil.rmtree, folder, True))
+                left.callback(self._clear, parent.id, folder)
                 async with self._states.still(parent, "fork") as machine:
                     await machine.snapshot(folder, resume=True)
                 await stack.aclose()
                 yield folder
+
+    def _clear(self, name: str, folder: Path) -> None:
+        self._states.later(name, asyncio.to_thread(shutil.rmtree, folder, True))
 
     async def _child(self, preparing: asyncio.Task[Machine], folder: Path, entry: Entry, undo: contextlib.AsyncExitStack) -> Sandbox:
         machine = await preparing

@@ -3,7 +3,8 @@
 A `Ready` machine is one step from being a sandbox: its template's state is restored and its guest answers, but the guest is
 sealed, so it does nothing before it gets an identity. That is what the slots keep, frozen, and what a create without
 a slot makes on the spot. A *blank* machine is prepared and no more: whatever is to be restored, a fork or a hibernated sandbox,
-goes into it. A few are kept for the shapes that were wanted last. Part of the conductor: with `sandboxes` and `bakery` the only ones that know storage, runtime and guest.
+goes into it. A few are kept for the shapes that were wanted last.
+Part of the conductor: with `sandboxes` and `bakery` the only ones that know storage, runtime and guest.
 """
 
 from __future__ import annotations

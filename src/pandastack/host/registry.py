@@ -163,7 +163,8 @@ class Registry:
         Its room is somebody else's from now on: memory and CPU are free within a moment, and it may want room again before.
         """
         machine, guest, watch = sandbox.machine, sandbox.guest, sandbox.watch
-        assert machine is not None and guest is not None  # noqa: S101 - its state was just saved
+        assert machine is not None  # noqa: S101 - its state was just saved
+        assert guest is not None  # noqa: S101
         sandbox.machine = sandbox.guest = sandbox.watch = None
         if watch is not None:
             watch.cancel()

@@ -47,32 +47,37 @@ class States:
         self.snapshots = snapshots
         self._runtime_key = runtime_key
         self._jobs: dict[tuple[str, str], asyncio.Task[Any]] = {}
+        self._returns: dict[asyncio.Task[None], str] = {}
 
     # Jobs
 
     async def once(self, verb: str, name: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run `work`, or join the run of it that is under way. It is finished also when nobody waits any more."""
-        return await asyncio.shield(self.later(verb, name, work))
-
-    def later(self, verb: str, name: str, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
-        """The same for what nobody waits for."""
         task = self._jobs.get((verb, name))
         if task is None:
             task = self._jobs[verb, name] = asyncio.create_task(work(), name=f"{verb} {name}")
             task.add_done_callback(lambda _: self._jobs.pop((verb, name), None))
             task.add_done_callback(_seen)
-        return task
+        return await asyncio.shield(task)
+
+    def later(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Give back something that a sandbox has done with. Nobody waits for it but who deletes the sandbox, or stops the host."""
+        task = asyncio.create_task(work, name=f"give back {name}")
+        self._returns[task] = name
+        task.add_done_callback(lambda _: self._returns.pop(task, None))
+        task.add_done_callback(_seen)
 
     async def abandon(self, name: str) -> None:
-        """Undo what is under way for a sandbox that is to be deleted."""
+        """Undo what is under way for a sandbox that is to be deleted, and see to the end of what is being given back."""
         tasks = [task for (_verb, of), task in self._jobs.items() if of == name]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(task for task, of in self._returns.items() if of == name), return_exceptions=True)
 
     async def close(self, patience_s: float) -> None:
         """Let what is under way finish, for so long; undo the rest."""
-        tasks = list(self._jobs.values())
+        tasks = [*self._jobs.values(), *self._returns]
         if tasks:
             await asyncio.wait(tasks, timeout=patience_s)
         for task in tasks:
@@ -236,7 +241,7 @@ class States:
                 sandbox.entry, sandbox.status, sandbox.stored_bytes = entry, "hibernated", saved.size_bytes
             sandbox.frozen = sandbox.working = sandbox.strays = False
             left = self.registry.part(sandbox)
-            self.later("let go", left.machine.spec.id, lambda: self._let_go(sandbox, left))
+            self.later(sandbox.id, self._let_go(sandbox, left))
             self.registry.tell("hibernated", sandbox.id, reason)
 
     async def _let_go(self, sandbox: Sandbox, left: Ready) -> None:
@@ -279,8 +284,7 @@ class States:
         sandbox.entry, sandbox.machine, sandbox.guest, sandbox.stored_bytes = entry, ready.machine, ready.guest, 0
         self.registry.enter(sandbox)
         self.registry.tell("running", sandbox.id)
-        # Nobody waits for that; what a killed daemon leaves of it, the next start clears.
-        self.later("clear", saved.manifest.id, lambda: self.snapshots.delete(saved.manifest.id))
+        self.later(sandbox.id, self.snapshots.delete(saved.manifest.id))
 
     async def _start(self, saved: Saved, limits: Limits, fresh: identity.Identity) -> Ready:
         """A machine that goes on from a saved state, as soon as that has proved to be what was saved."""
