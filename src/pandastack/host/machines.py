@@ -125,25 +125,42 @@ class Machines:
             undo.pop_all()
             return machine
 
-    async def _blank(self, shape: Shape) -> Machine:
+    async def _new(self, shape: Shape) -> Machine:
         return await self.prepare(shape.rootfs, shape.limits, shape.guest)
+
+    async def _blank(self, shape: Shape) -> Machine:
+        """One that waits; frozen, because even a machine that does nothing yet takes a few per cent of a core."""
+        machine = await self._new(shape)
+        try:
+            await machine.freeze()
+        except BaseException:
+            await self.discard(machine)
+            raise
+        return machine
 
     async def prepared(self, shape: Shape) -> Machine:
         """As `prepare`, at once where a blank machine waits."""
         if shape.guest == self.guest:
             shape = replace(shape, guest=None)
         while (machine := self.blanks.take(shape)) is not None:
-            if not machine.over:
-                return machine
-            await self.discard(machine)  # It died while it waited.
-        return await self._blank(shape)
+            try:
+                await machine.thaw()
+                if not machine.over:
+                    return machine
+            except BaseException as error:
+                await self.discard(machine)
+                if not isinstance(error, RuntimeFailed):
+                    raise
+            else:
+                await self.discard(machine)  # It died while it waited.
+        return await self._new(shape)
 
     async def restored(self, key: SlotKey, *, quiet: bool = True, blank: bool = False) -> Ready:
         """A ready machine. All or nothing. Raises also GuestError where the guest does not answer. `quiet` as in `continued`.
 
         `blank`: somebody waits for it, so take a machine that was prepared ahead of time.
         """
-        machine = await (self.prepared if blank else self._blank)(key.shape)
+        machine = await (self.prepared if blank else self._new)(key.shape)
         return await self.continued(machine, key.snapshot, quiet=quiet)
 
     async def continued(self, machine: Machine, snapshot: Path, *, quiet: bool = False) -> Ready:
