@@ -6,8 +6,8 @@ Runs on a host; called by the conductor. Below `root`:
     .new/<id>/                 one being written, or what a killed one left; the next start clears it
 
 The order of `publish` is the promise: every file, then the manifest with their sizes and digests, then the folder, then its
-name are on disk before anybody is told. Whoever reads checks all of it first, so a state that was cut short, changed, or copied
-here from elsewhere is refused with a reason and never given to a runtime. The first line of a manifest is the SHA-256 of
+name are on disk before anybody is told. Whoever reads checks all of it before anything in the copy moves, so a state that was
+cut short, changed, or copied here from elsewhere is refused with a reason. The first line of a manifest is the SHA-256 of
 the rest: it is not there against forgers (only root writes here) but against disks.
 """
 
