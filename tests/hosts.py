@@ -177,6 +177,11 @@ RECIPE = {
 }
 
 
+async def settled(host: HostService) -> None:
+    """Wait until what sandboxes have done with is given back."""
+    await until(lambda: not host.sandboxes.states._returns)
+
+
 class World:
     """The folders and machines of one install. `opened` is a host on them; `left` what exists now, by kind."""
 
@@ -184,6 +189,7 @@ class World:
         self.root = root
         self.runtime = FakeRuntime()
         self.slots = slots
+        self.blanks = 0
         self.totals = Totals(memory_mib=100_000, cpu=64, disk_mib=100_000, sandboxes=sandboxes)
         self.baked = False
         for folder in ("rootfs", "guest"):
@@ -194,7 +200,7 @@ class World:
         disks: Any = FolderDisks(self.root / "disks", self.runtime)
         images: Any = OneImage(self.root)
         guest = self.root / "guest"
-        machines = Machines(self.runtime, disks, state=self.root / "machines", guest=guest, shared=lambda path: path)
+        machines = Machines(self.runtime, disks, state=self.root / "machines", guest=guest, shared=lambda path: path, blanks=self.blanks)
         bakery = Bakery(images, machines, root=self.root / "states", runtime_key="fake", guest_digest="g")
         admission = Admission(self.totals, free_disk_mib=lambda: 100_000, free_memory_mib=lambda: 100_000)
         ledger = SteppingLedger(self.root / "ledger", self.runtime)
@@ -209,7 +215,8 @@ class World:
         """A host as `app.opened` starts it, with its background tasks."""
         host = self.build()
         await recover(host.sandboxes.registry, host.sandboxes.states.snapshots)
-        tasks = [asyncio.create_task(host.sandboxes.slots.run()), asyncio.create_task(host.sandboxes.freeze_idle())]
+        pools = (host.sandboxes.slots, host.sandboxes.registry.machines.blanks)
+        tasks = [asyncio.create_task(work) for work in (*(pool.run() for pool in pools), host.sandboxes.freeze_idle())]
         if not self.baked:
             async with closing(host.bake("base")) as said:
                 async for _ in said:

@@ -470,10 +470,12 @@ async def test_the_end_of_a_machine_says_why(bench: Bench, reason: str) -> None:
         await asyncio.sleep(0.05)
         cancelled.cancel()
         assert not ended.done()
+        assert not machine.over
         await bench.end_by(machine, guest, reason)
         async with asyncio.timeout(60):
             assert await ended == reason
         assert await machine.ended() == reason
+        assert machine.over
         async with asyncio.timeout(10):
             await guest.ended()
 
@@ -486,6 +488,7 @@ async def test_a_stopped_machine_says_so(bench: Bench) -> None:
         async with asyncio.timeout(10):
             assert await ended == "stopped"
             await guest.ended()
+        assert machine.over
         await machine.stop()
         with pytest.raises(RuntimeFailed):
             await machine.connect()

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from hosts import World, until
+from hosts import World, settled, until
 from pandastack.control.hosts import closing
 from pandastack.errors import (
     CapacityError,
@@ -62,7 +62,9 @@ def fake_place(folder: Path) -> Any:
 @contextlib.contextmanager
 def gvisor_place(folder: Path, name: str) -> Any:
     run = Path("/tmp") / f"pd-{secrets.token_hex(4)}"
-    settings = HostSettings(data_dir=folder / "data", cache_dir=CACHE, run_dir=run, runsc=_runsc(name), slots=0, disk_low_water_mb=0)
+    settings = HostSettings(
+        data_dir=folder / "data", cache_dir=CACHE, run_dir=run, runsc=_runsc(name), slots=0, blanks=0, disk_low_water_mb=0
+    )
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[HostService]:
@@ -198,6 +200,7 @@ class TestHibernate:
         asleep = await host.hibernate(box, reason="request")
         assert (asleep.status, asleep.status_reason) == ("hibernated", "request")
         assert asleep.stored_bytes > 0
+        await settled(host)
         assert list(place.left()) == ["ledger"]
         assert (await host.describe()).capacity.sandboxes == 0
         assert (await host.hibernate(box, reason="request")).status == "hibernated"
@@ -206,6 +209,7 @@ class TestHibernate:
         await memory.say(box, b"after\n")
         await memory.heard(box, b"begun\nbefore\nafter\n")
         assert (await host.describe()).capacity.sandboxes == 1
+        await settled(host)
         assert [path.name for path in place.snapshots.iterdir()] == [".new"]
 
     async def test_ten_requests_at_once_wake_it_once(self, host: HostService, box: SandboxId, memory: Memory) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hosts import Life, World, disk_full, reached, run, until, wanted
+from hosts import Life, World, disk_full, reached, run, settled, until, wanted
 from pandastack.errors import (
     CapacityError,
     DiskFull,
@@ -92,8 +92,10 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 async def do(host: HostService, verb: str, box: SandboxId, child: SandboxId) -> None:
     if verb == "hibernate":
         await host.hibernate(box, reason="request")
+        await settled(host)
     elif verb == "wake":
         await host.wake(box)
+        await settled(host)
     elif verb == "snapshot":
         await host.snapshot(box, new_snapshot_id())
     else:
@@ -107,6 +109,7 @@ async def alive(host: HostService, verb: str) -> SandboxId:
     await host.start_process(request.id, ProcessStart(id="memory", cmd="echo begun; cat", stdin=True))
     if verb == "wake":
         await host.hibernate(request.id, reason="request")
+        await settled(host)
     return request.id
 
 
@@ -149,6 +152,7 @@ async def test_a_step_that_fails_loses_nothing_and_leaves_nothing(
     child = new_sandbox_id()
     with pytest.raises(expected):
         await do(host, verb, box, child)
+    await settled(host)
     assert (world.left(), saved(world), (await host.get(box)).status, (await host.describe()).capacity) == before
     assert [one.id for one in await host.list()] == [box]
     # And nothing stands in the way of the next try, not even with the same id.
@@ -171,6 +175,8 @@ async def test_what_could_not_be_given_back_is_before_the_next_restore(world: Wo
     world.runtime.fail("stop")
     await host.hibernate(box, reason="request")
     assert (await host.get(box)).status == "hibernated"
+    await settled(host)
+    assert len(world.runtime.machines) == 1
     await remembers(host, box)
     assert len(world.runtime.machines) == 1
 
@@ -241,11 +247,13 @@ def test_a_host_killed_in_any_step_starts_again_with_everything(world: World, bo
         assert [one.id for one in await host.list()] == [box]
         assert (await host.get(box)).status in ("running", "hibernated")
         await remembers(host, box)
+        await settled(host)
         assert (await host.describe()).capacity.sandboxes == 1
         assert {kind: len(names) for kind, names in world.left().items()} == {"runtime": 1, "disks": 1, "machines": 1, "ledger": 1}
         for snapshot in await host.list_snapshots():
             await host.verify_snapshot(snapshot.id)
             await host.delete_snapshot(snapshot.id)
+        await settled(host)
         assert saved(world) == []
 
     second.run(check())

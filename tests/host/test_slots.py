@@ -11,7 +11,7 @@ import pytest
 from hosts import until
 from pandastack.errors import RuntimeFailed
 from pandastack.host import slots as slots_module
-from pandastack.host.slots import Slots
+from pandastack.host.slots import Refills, Slots
 
 pytestmark = pytest.mark.anyio
 
@@ -42,8 +42,8 @@ class Maker:
 
 
 @asynccontextmanager
-async def running(maker: Maker, *, size: int = 2, keys: int = 2) -> AsyncIterator[Slots[str, str]]:
-    slots: Slots[str, str] = Slots(maker.prepare, maker.discard, size=size, keys=keys)
+async def running(maker: Maker, *, size: int = 2, keys: int = 2, refills: Refills | None = None) -> AsyncIterator[Slots[str, str]]:
+    slots: Slots[str, str] = Slots(maker.prepare, maker.discard, refills or Refills(), size=size, keys=keys)
     task = asyncio.create_task(slots.run())
     try:
         yield slots
@@ -118,14 +118,28 @@ async def test_a_failure_is_tried_again() -> None:
         await until(lambda: slots.ready == 1)
 
 
-async def test_no_refill_begins_while_a_create_runs() -> None:
-    maker = Maker()
-    async with running(maker, size=1) as slots:
-        with slots.quiet():
-            slots.want("a")
+async def test_no_refill_begins_while_something_is_made_for_somebody() -> None:
+    maker, refills = Maker(), Refills()
+    async with running(maker, size=1, refills=refills) as slots:
+        with refills.paused():
+            with refills.paused():
+                slots.want("a")
             await asyncio.sleep(0.05)
             assert maker.made == 0
         await until(lambda: slots.ready == 1)
+
+
+async def test_pools_refill_one_at_a_time() -> None:
+    first, second, refills = Maker(), Maker(), Refills()
+    first.gate.clear()
+    async with running(first, size=1, refills=refills) as slots, running(second, size=1, refills=refills) as others:
+        slots.want("a")
+        await asyncio.sleep(0.01)
+        others.want("b")
+        await asyncio.sleep(0.05)
+        assert (first.made, second.made) == (0, 0)
+        first.gate.set()
+        await until(lambda: slots.ready == others.ready == 1)
 
 
 async def test_a_pool_of_size_nothing_is_off() -> None:

@@ -47,7 +47,7 @@ class _Shared:
 
     def get(self, name: str, environ: dict[str, str]) -> Server:
         if name not in self.servers:
-            server = self.servers[name] = Server(self._factory.mktemp(f"server-{name}"), slots=2, environ=environ)
+            server = self.servers[name] = Server(self._factory.mktemp(f"server-{name}"), slots=2, blanks=1, environ=environ)
             server.start()
             server.bake(*TEMPLATES)
         return self.servers[name]

@@ -41,14 +41,15 @@ def until(check: Callable[[], Found], what: str, timeout_s: float = 60.0, every_
 class Server:
     """One `pandastack up` on a data directory of its own. After the first start its port stays the same."""
 
-    def __init__(self, work: Path, *, slots: int = 0, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(self, work: Path, *, slots: int = 0, blanks: int = 0, environ: Mapping[str, str] | None = None) -> None:
         self.work = work
         self.data = work / "data"
         self.log = work / "log"
-        self.slots = slots
+        self.slots, self.blanks = slots, blanks
         # Without compiled modules a start takes seconds of CPU, and these tests start servers dozens of times.
         compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(cache_dir() / "test-pycache")}
-        self.environ = {**os.environ, **compiled, "XDG_CONFIG_HOME": str(work / "config"), **(environ or {})}
+        own = {"XDG_CONFIG_HOME": str(work / "config"), "PANDASTACK_BLANKS": str(blanks)}
+        self.environ = {**os.environ, **compiled, **own, **(environ or {})}
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
         self.url = self.token = ""

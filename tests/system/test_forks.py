@@ -173,7 +173,7 @@ def test_a_hook_that_refuses_stops_a_fork_and_harms_nothing(any_make: MakeSandbo
         parent.fork(count=3)
     with any_server.client() as client:
         assert [one.id for one in client.sandboxes.list()] == [parent.id]
-    prepared = any_server.slots * len(TEMPLATES)
+    prepared = (any_server.slots + any_server.blanks) * len(TEMPLATES)
     until(lambda: len(any_server.machines()) <= 1 + prepared, "the copies are gone")
     assert notes.add(parent, "after") == ["before", "between", "after"]
     write_hook(parent, "after-restore", "exit 0")

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         "-n", "--samples", type=int, help="samples of each case (default: 20 creates, 100 execs, 3 large files, 5 states, 2 of 1000 MB)"
     )
     parser.add_argument("--slots", type=int, default=4, help="prepared machines for `create` (default: 4)")
+    parser.add_argument("--blanks", type=int, default=4, help="blank machines for `create`, `snapshot`, `fork` and `wake` (default: 4)")
     parser.add_argument("--burst", type=int, default=30, help="creates at once (default: 30)")
     parser.add_argument("--burst-slots", type=int, default=32, help="prepared machines for `burst` (default: 32)")
     parser.add_argument("--size-mib", type=int, default=1024, help="size of the large file (default: 1024)")
@@ -66,7 +67,7 @@ def _measure(arguments: argparse.Namespace, say: benchmarks.Say) -> list[figures
     wanted = arguments.benchmark or NAMES
     rows: list[figures.Row] = []
     if "create" in wanted:
-        rows += benchmarks.create(template, n or 20, arguments.slots, say)
+        rows += benchmarks.create(template, n or 20, arguments.slots, arguments.blanks, say)
     if "exec" in wanted:
         rows += benchmarks.exec_(template, n or 100, say)
     if "files" in wanted:
@@ -77,11 +78,11 @@ def _measure(arguments: argparse.Namespace, say: benchmarks.Say) -> list[figures
         rows += benchmarks.idle(template, n or 10, say)
     sizes_mb = arguments.state_mb or [*_STATES_MB, *([LARGE_STATE_MB] if forks.fits(LARGE_STATE_MB, 1) else [])]
     if "snapshot" in wanted:
-        rows += states.snapshot(template, sizes_mb, n, say)
+        rows += states.snapshot(template, sizes_mb, n, arguments.blanks, say)
     if "fork" in wanted:
-        rows += forks.fork(template, sizes_mb, arguments.children, n, say)
+        rows += forks.fork(template, sizes_mb, arguments.children, n, arguments.blanks, say)
     if "wake" in wanted:
-        rows += states.wake(template, sizes_mb, n, say)
+        rows += states.wake(template, sizes_mb, n, arguments.blanks, say)
     return rows
 
 

@@ -20,12 +20,16 @@ _GIB = 1 << 30
 _MIB = 1 << 20
 
 
-def create(template: str, n: int, slots: int, say: Say) -> list[Row]:
-    """From the call to the result of the first command, with prepared slots and without."""
+def create(template: str, n: int, slots: int, blanks: int, say: Say) -> list[Row]:
+    """From the call to the result of the first command: from slots, from blank machines, and with nothing made ahead of time."""
     rows = []
     with bare.work() as work:
-        for case, pool, promise in (("with slots", slots, 0.5), ("without slots", 0, 1.0)):
-            with server.running(slots=pool, template=template) as running:
+        for case, pool, blank, promise in (
+            ("with slots", slots, 0, 0.5),
+            ("blank machines", 0, blanks, None),
+            ("without slots", 0, 0, 1.0),
+        ):
+            with server.running(slots=pool, blanks=blank, template=template) as running:
                 by_hand = bare.bare(template)
                 _first_exec(running, template)  # The first one pays for what is loaded once.
                 ours, theirs = [], []

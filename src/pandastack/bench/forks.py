@@ -23,10 +23,10 @@ _ONE_BY_ONE = "the bare tool saves once and then restores the children one after
 _TIMES_EIGHT = "against 8 times what the bare tool takes for one child"
 
 
-def fork(template: str, sizes_mb: Sequence[int], counts: Sequence[int], samples: int | None, say: Say) -> list[Row]:
+def fork(template: str, sizes_mb: Sequence[int], counts: Sequence[int], samples: int | None, blanks: int, say: Say) -> list[Row]:
     """Sizes and numbers of children that need more memory than is free are left out."""
     rows = []
-    with bare.work() as work, server.running(slots=0, template=template) as running:
+    with bare.work() as work, server.running(slots=0, blanks=blanks, template=template) as running:
         by_hand = bare.bare(template)
         for size_mb in sizes_mb:
             workload, fitting = Workload(size_mb), [count for count in counts if fits(size_mb, count)]

@@ -59,7 +59,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(*, slots: int, template: str) -> Iterator[Server]:
+def running(*, slots: int, template: str, blanks: int = 0) -> Iterator[Server]:
     """Start, make the template ready, hand out, stop. Raises HostUnfit when it does not start."""
     with tempfile.TemporaryDirectory(prefix="pandastack-bench-", dir="/var/tmp") as folder:
         work = Path(folder)
@@ -67,7 +67,7 @@ def running(*, slots: int, template: str) -> Iterator[Server]:
         command = [sys.executable, "-m", "pandastack.standalone", "up", "--port", "0", "--data-dir", str(work / "data")]
         process = subprocess.Popen(
             [*command, "--slots", str(slots), "--ready-file", str(ready)],
-            env={**os.environ, "XDG_CONFIG_HOME": str(work / "config")},
+            env={**os.environ, "XDG_CONFIG_HOME": str(work / "config"), "PANDASTACK_BLANKS": str(blanks)},
             stdout=subprocess.DEVNULL,
         )
         try:

@@ -17,10 +17,10 @@ PROMISED_STATE_MB = 50  # The size that promises are made for.
 _NOT_DURABLE = "the bare tool leaves its files in the page cache; ours are on disk, with digests, before the call returns"
 
 
-def snapshot(template: str, sizes_mb: Sequence[int], samples: int | None, say: Say) -> list[Row]:
+def snapshot(template: str, sizes_mb: Sequence[int], samples: int | None, blanks: int, say: Say) -> list[Row]:
     """From the call until the state is durable; how long the sandbox stood still meanwhile; how many bytes it is."""
     rows = []
-    with bare.work() as work, server.running(slots=0, template=template) as running:
+    with bare.work() as work, server.running(slots=0, blanks=blanks, template=template) as running:
         by_hand = bare.bare(template)
         for size_mb in sizes_mb:
             workload, case = Workload(size_mb), f"{size_mb} MB"
@@ -46,10 +46,10 @@ def snapshot(template: str, sizes_mb: Sequence[int], samples: int | None, say: S
     return rows
 
 
-def wake(template: str, sizes_mb: Sequence[int], samples: int | None, say: Say) -> list[Row]:
+def wake(template: str, sizes_mb: Sequence[int], samples: int | None, blanks: int, say: Say) -> list[Row]:
     """Hibernate, wake and the first command: the sum, and apart."""
     rows = []
-    with bare.work() as work, server.running(slots=0, template=template) as running:
+    with bare.work() as work, server.running(slots=0, blanks=blanks, template=template) as running:
         by_hand = bare.bare(template)
         for size_mb in sizes_mb:
             workload, case = Workload(size_mb), f"{size_mb} MB"

@@ -69,7 +69,7 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
     )
     for name, error in images.broken().items():
         log.error("template is broken and left out", template=name, error=error.message)
-    machines = Machines(runtime, disks, state=settings.data_dir / "machines", guest=guest, shared=views.view)
+    machines = Machines(runtime, disks, state=settings.data_dir / "machines", guest=guest, shared=views.view, blanks=settings.blanks)
     bakery = Bakery(images, machines, root=settings.cache_dir / "states", runtime_key=probe.key, guest_digest=guest_digest)
     admission = Admission(_totals(settings, disks), free_disk_mib=disks.free_mib)
     snapshots = Snapshots(settings.data_dir / "snapshots", low_water_mib=settings.disk_low_water_mb)
@@ -83,6 +83,7 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
     service = HostService(HostId(f"{socket.gethostname()}-{install}"), sandboxes, forks, bakery, probe)
     tasks = [
         asyncio.create_task(sandboxes.slots.run(), name="refill slots"),
+        asyncio.create_task(machines.blanks.run(), name="refill blank machines"),
         asyncio.create_task(sandboxes.freeze_idle(), name="freeze idle sandboxes"),
     ]
     try:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from pandastack.host import identity
 from pandastack.host.ledger import Entry
+from pandastack.host.machines import Shape
 from pandastack.host.runtimes.base import Machine
 from pandastack.host.sandbox import Sandbox
 from pandastack.host.states import States
@@ -49,6 +50,10 @@ class Forks:
         return await self._states.once("fork", request.children[0].id, lambda: self._fork(parent, request.children))
 
     async def _fork(self, parent: Sandbox, children: Sequence[HostChild]) -> list[Sandbox]:
+        with self._registry.machines.refills.paused():
+            return await self._make(parent, children)
+
+    async def _make(self, parent: Sandbox, children: Sequence[HostChild]) -> list[Sandbox]:
         started = time.monotonic()
         entries = [_entry(parent, child) for child in children]
         async with contextlib.AsyncExitStack() as undo:
@@ -75,7 +80,7 @@ class Forks:
 
     async def _prepare(self, parent: Sandbox, guest: Path) -> Machine:
         async with self._registry.starts:
-            return await self._registry.machines.prepare(Path(parent.entry.rootfs), parent.limits, guest)
+            return await self._registry.machines.prepared(Shape(Path(parent.entry.rootfs), parent.limits, guest))
 
     async def _discard(self, preparing: Sequence[asyncio.Task[Machine]]) -> None:
         for task in preparing:
@@ -97,11 +102,14 @@ class Forks:
             folder = self._root / uuid.uuid4().hex
             await asyncio.to_thread(folder.mkdir, 0o700)
             async with contextlib.AsyncExitStack() as left:
-                left.push_async_callback(asyncio.to_thread, shutil.rmtree, folder, True)
+                left.callback(self._clear, parent.id, folder)
                 async with self._states.still(parent, "fork") as machine:
                     await machine.snapshot(folder, resume=True)
                 await stack.aclose()
                 yield folder
+
+    def _clear(self, name: str, folder: Path) -> None:
+        self._states.later(name, asyncio.to_thread(shutil.rmtree, folder, True))
 
     async def _child(self, preparing: asyncio.Task[Machine], folder: Path, entry: Entry, undo: contextlib.AsyncExitStack) -> Sandbox:
         machine = await preparing

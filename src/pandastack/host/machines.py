@@ -1,8 +1,10 @@
 """Makes machines and takes them apart again: disk, private directory and runtime, in that order and back.
 
 A `Ready` machine is one step from being a sandbox: its template's state is restored and its guest answers, but the guest is
-sealed, so it does nothing before it gets an identity. That is what the pool keeps, frozen, and what a create without
-a slot makes on the spot. Part of the conductor: with `sandboxes` and `bakery` the only ones that know storage, runtime and guest.
+sealed, so it does nothing before it gets an identity. That is what the slots keep, frozen, and what a create without
+a slot makes on the spot. A *blank* machine is prepared and no more: whatever is to be restored, a fork or a hibernated sandbox,
+goes into it. A few are kept for the shapes that were wanted last.
+Part of the conductor: with `sandboxes` and `bakery` the only ones that know storage, runtime and guest.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from pandastack.errors import DiskFull, PandastackError, RuntimeFailed
 from pandastack.host.guest import Guest
 from pandastack.host.runtimes.base import Limits, Machine, MachineId, MachineSpec, Runtime
+from pandastack.host.slots import Refills, Slots
 from pandastack.host.storage.disks import Disks
 
 RESTORE_TIMEOUT_S = 300.0  # A large state on a slow disk takes minutes.
@@ -39,6 +42,15 @@ def _typed(message: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """What must be equal for two blank machines to be interchangeable. `guest` as in `SlotKey`."""
+
+    rootfs: Path
+    limits: Limits
+    guest: Path | None = None
+
+
+@dataclass(frozen=True)
 class SlotKey:
     """What must be equal for two ready machines to be interchangeable. `guest` is the folder of the daemon in the snapshot,
     where that is not the current one.
@@ -48,6 +60,10 @@ class SlotKey:
     limits: Limits
     snapshot: Path
     guest: Path | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.rootfs, self.limits, self.guest)
 
 
 @dataclass(frozen=True)
@@ -61,15 +77,20 @@ class Ready:
 class Machines:
     """`state` holds one private directory per machine; `guest` is the directory that sandboxes see as `/.pandastack`.
 
-    `shared` turns a directory that many sandboxes use into the read-only view that a runtime is given.
+    `shared` turns a directory that many sandboxes use into the read-only view that a runtime is given. `blanks` blank machines
+    are kept for each shape; the owner runs `self.blanks.run`.
     """
 
-    def __init__(self, runtime: Runtime, disks: Disks, *, state: Path, guest: Path, shared: Callable[[Path], Path]) -> None:
+    def __init__(
+        self, runtime: Runtime, disks: Disks, *, state: Path, guest: Path, shared: Callable[[Path], Path], blanks: int = 0
+    ) -> None:
         self.runtime = runtime
         self._disks = disks
         self._state = state
         self.guest = guest
         self._shared = shared
+        self.refills = Refills()
+        self.blanks: Slots[Shape, Machine] = Slots(self._blank, self.discard, self.refills, size=blanks)
 
     def _spec(self, machine: MachineId, rootfs: Path, limits: Limits, disk: Path, guest: Path | None = None) -> MachineSpec:
         # The runtime makes mount points that an image lacks, but not in a read-only view; this one no distribution has.
@@ -104,9 +125,43 @@ class Machines:
             undo.pop_all()
             return machine
 
-    async def restored(self, key: SlotKey, *, quiet: bool = True) -> Ready:
-        """A ready machine. All or nothing. Raises also GuestError where the guest does not answer. `quiet` as in `continued`."""
-        return await self.continued(await self.prepare(key.rootfs, key.limits, key.guest), key.snapshot, quiet=quiet)
+    async def _new(self, shape: Shape) -> Machine:
+        return await self.prepare(shape.rootfs, shape.limits, shape.guest)
+
+    async def _blank(self, shape: Shape) -> Machine:
+        """One that waits; frozen, because even a machine that does nothing yet takes a few per cent of a core."""
+        machine = await self._new(shape)
+        try:
+            await machine.freeze()
+        except BaseException:
+            await self.discard(machine)
+            raise
+        return machine
+
+    async def prepared(self, shape: Shape) -> Machine:
+        """As `prepare`, at once where a blank machine waits."""
+        if shape.guest == self.guest:
+            shape = replace(shape, guest=None)
+        while (machine := self.blanks.take(shape)) is not None:
+            try:
+                await machine.thaw()
+                if not machine.over:
+                    return machine
+            except BaseException as error:
+                await self.discard(machine)
+                if not isinstance(error, RuntimeFailed):
+                    raise
+            else:
+                await self.discard(machine)  # It died while it waited.
+        return await self._new(shape)
+
+    async def restored(self, key: SlotKey, *, quiet: bool = True, blank: bool = False) -> Ready:
+        """A ready machine. All or nothing. Raises also GuestError where the guest does not answer. `quiet` as in `continued`.
+
+        `blank`: somebody waits for it, so take a machine that was prepared ahead of time.
+        """
+        machine = await (self.prepared if blank else self._new)(key.shape)
+        return await self.continued(machine, key.snapshot, quiet=quiet)
 
     async def continued(self, machine: Machine, snapshot: Path, *, quiet: bool = False) -> Ready:
         """A prepared machine brought to a saved state; when that fails the machine is gone.

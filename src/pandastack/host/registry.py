@@ -19,7 +19,7 @@ from pandastack.errors import PandastackError, SandboxNotFound
 from pandastack.host.admission import Admission
 from pandastack.host.guest import Guest
 from pandastack.host.ledger import Ledger
-from pandastack.host.machines import CONNECT_TIMEOUT_S, Machines
+from pandastack.host.machines import CONNECT_TIMEOUT_S, Machines, Ready
 from pandastack.host.runtimes.base import Machine
 from pandastack.host.sandbox import Sandbox, not_running
 from pandastack.wire.host import HostEvent, HostSandbox
@@ -156,6 +156,20 @@ class Registry:
         if sandbox.ending is None or sandbox.ending.done():
             sandbox.ending = asyncio.create_task(self._give_back(sandbox), name=f"end {sandbox.id}")
         await asyncio.shield(sandbox.ending)
+
+    def part(self, sandbox: Sandbox) -> Ready:
+        """Take the machine of a sandbox that goes on without one; the caller gives back what that holds.
+
+        Its room is somebody else's from now on: memory and CPU are free within a moment, and it may want room again before.
+        """
+        machine, guest, watch = sandbox.machine, sandbox.guest, sandbox.watch
+        assert machine is not None  # noqa: S101 - its state was just saved
+        assert guest is not None  # noqa: S101
+        sandbox.machine = sandbox.guest = sandbox.watch = None
+        if watch is not None:
+            watch.cancel()
+        self.admission.release(sandbox.id)
+        return Ready(machine, guest)
 
     async def _give_back(self, sandbox: Sandbox) -> None:
         guest, sandbox.guest = sandbox.guest, None

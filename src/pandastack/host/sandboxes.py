@@ -68,7 +68,9 @@ class Sandboxes:
         self.registry = registry
         self.states = states
         self._bakery = bakery
-        self.slots: Slots[SlotKey, Ready] = Slots(registry.machines.slot, registry.machines.discard_ready, size=slots)
+        self.slots: Slots[SlotKey, Ready] = Slots(
+            registry.machines.slot, registry.machines.discard_ready, registry.machines.refills, size=slots
+        )
         self._creating: dict[SandboxId, asyncio.Task[HostSandbox]] = {}
 
     # Looking
@@ -121,7 +123,7 @@ class Sandboxes:
             self.registry.ledger.write(entry)
             undo.callback(self.registry.ledger.remove, request.id)
             async with self.registry.starts:
-                with self.slots.quiet():
+                with self.registry.machines.refills.paused():
                     sandbox = await self._start(entry, source, fresh, undo)
             entry.state = "running"
             entry.boot_ms = round((time.monotonic() - started) * 1000)
@@ -161,7 +163,7 @@ class Sandboxes:
                 # A slot may have died while it waited; that is no reason to fail a create.
                 log.warning("a slot was unusable", machine=slot.machine.spec.id, error=error.message)
         mode = "snapshot" if entry.request.snapshot else "restore"
-        ready = await self.registry.machines.restored(source.key, quiet=not entry.request.snapshot)
+        ready = await self.registry.machines.restored(source.key, quiet=not entry.request.snapshot, blank=True)
         return await self._become(entry, ready, fresh, undo, mode=mode)
 
     async def _become(self, entry: Entry, ready: Ready, fresh: identity.Identity, undo: contextlib.AsyncExitStack, *, mode: str) -> Sandbox:

@@ -24,6 +24,7 @@ class HostSettings(BaseSettings):
     debian_mirror: str | None = None
     ubuntu_mirror: str | None = None
     slots: int = Field(default=4, ge=0, le=256, description="prepared machines kept per template, for the two used last")
+    blanks: int = Field(default=4, ge=0, le=256, description="blank machines kept for forks and wakes, for the two shapes used last")
     max_sandboxes: int = Field(default=1000, ge=1)
     memory_overcommit: float = Field(default=2.0, ge=1.0, le=16.0)
     disk_overcommit: float = Field(default=4.0, ge=1.0, le=64.0)

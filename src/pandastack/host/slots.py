@@ -1,7 +1,8 @@
-"""A small pool of prepared machines, so that a create only has to restore.
+"""Small pools of machines made ahead of time, so that who wants one only has to finish it.
 
-A slot is a machine that exists but does not run: it costs some memory and no CPU. Slots are kept per key (image and
-limits), for the few keys used last; they are refilled one at a time in the background, and never adopted after a restart.
+A slot is a machine that exists but does not run: it costs some memory and no CPU. Slots are kept per key (what must be equal
+for two of them to be interchangeable), for the few keys used last; all pools together refill one at a time, in the background,
+and nothing of them is adopted after a restart.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 import structlog
@@ -27,6 +28,42 @@ _RETRY_FIRST_S, _RETRY_MAX_S = 1.0, 60.0
 _REST_S = 0.3
 
 
+class Refills:
+    """When the pools of a host may refill: one slot at a time, and not while something is made for somebody who waits."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._waited_for = 0
+        self._calm = asyncio.Event()
+        self._rest_until = 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While the block runs, and a moment longer, no refill begins: on a small machine it would only take its CPU."""
+        self._waited_for += 1
+        self._calm.clear()
+        try:
+            yield
+        finally:
+            self._waited_for -= 1
+            self._rest_until = time.monotonic() + _REST_S
+            if not self._waited_for:
+                self._calm.set()
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """The block may refill. It waits for as long as it takes, and can be cancelled freely."""
+        async with self._turn:
+            while True:
+                if self._waited_for:
+                    await self._calm.wait()
+                elif (rest_s := self._rest_until - time.monotonic()) > 0:
+                    await asyncio.sleep(rest_s)
+                else:
+                    break
+            yield
+
+
 class Slots(Generic[Key, Slot]):
     """`size` slots for each of the `keys` keys used last; 0 switches the pool off.
 
@@ -37,18 +74,18 @@ class Slots(Generic[Key, Slot]):
         self,
         prepare: Callable[[Key], Awaitable[Slot]],
         discard: Callable[[Slot], Awaitable[None]],
+        refills: Refills,
         *,
         size: int,
         keys: int = 2,
     ) -> None:
         self._prepare = prepare
         self._discard = discard
+        self._refills = refills
         self._size = size
         self._keys = keys
         self._ready: OrderedDict[Key, list[Slot]] = OrderedDict()
         self._changed = asyncio.Event()
-        self._busy = 0
-        self._rest_until = 0.0
 
     @property
     def ready(self) -> int:
@@ -72,17 +109,6 @@ class Slots(Generic[Key, Slot]):
         slots = self._ready.get(key)
         return slots.pop() if slots else None
 
-    @contextlib.contextmanager
-    def quiet(self) -> Iterator[None]:
-        """While a create runs, and a moment longer, no refill begins: on a small machine it would only take its CPU."""
-        self._busy += 1
-        try:
-            yield
-        finally:
-            self._busy -= 1
-            self._rest_until = time.monotonic() + _REST_S
-            self._changed.set()
-
     async def run(self) -> None:
         """Refill until cancelled. A failure is logged and tried again, ever more slowly."""
         pause = _RETRY_FIRST_S
@@ -94,14 +120,12 @@ class Slots(Generic[Key, Slot]):
                     for slot in surplus:
                         await self._discard(slot)
                 key = next((key for key in reversed(self._ready) if len(self._ready[key]) < self._size), None)
-                if key is None or self._busy:
+                if key is None:
                     await self._changed.wait()
                     continue
-                if (rest_s := self._rest_until - time.monotonic()) > 0:
-                    await asyncio.sleep(rest_s)
-                    continue
                 try:
-                    slot = await self._prepare(key)
+                    async with self._refills.turn():
+                        slot = await self._prepare(key)
                 except PandastackError as error:
                     log.warning("a slot could not be prepared", error=error.message, detail=error.fields.get("detail"), retry_in_s=pause)
                     await asyncio.sleep(pause)

@@ -2,7 +2,7 @@
 
     running <-> paused          in memory, no CPU
     running  -> hibernated      still -> saved -> durable -> remembered -> machine given back
-    hibernated -> running       reserved -> checked -> restored -> identity -> remembered -> saved state given back
+    hibernated -> running       reserved -> restored and checked -> identity -> remembered -> saved state given back
 
 A sandbox that is being saved is *still*: its processes are stopped and its daemon is sealed, so what is saved is one instant, and
 a copy of it runs no instruction before it has an identity of its own. Whatever fails, either what was saved or what runs is
@@ -47,6 +47,7 @@ class States:
         self.snapshots = snapshots
         self._runtime_key = runtime_key
         self._jobs: dict[tuple[str, str], asyncio.Task[Any]] = {}
+        self._returns: dict[asyncio.Task[None], str] = {}
 
     # Jobs
 
@@ -59,16 +60,24 @@ class States:
             task.add_done_callback(_seen)
         return await asyncio.shield(task)
 
+    def later(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Give back something that a sandbox has done with. Nobody waits for it but who deletes the sandbox, or stops the host."""
+        task = asyncio.create_task(work, name=f"give back {name}")
+        self._returns[task] = name
+        task.add_done_callback(lambda _: self._returns.pop(task, None))
+        task.add_done_callback(_seen)
+
     async def abandon(self, name: str) -> None:
-        """Undo what is under way for a sandbox that is to be deleted."""
+        """Undo what is under way for a sandbox that is to be deleted, and see to the end of what is being given back."""
         tasks = [task for (_verb, of), task in self._jobs.items() if of == name]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(task for task, of in self._returns.items() if of == name), return_exceptions=True)
 
     async def close(self, patience_s: float) -> None:
         """Let what is under way finish, for so long; undo the rest."""
-        tasks = list(self._jobs.values())
+        tasks = [*self._jobs.values(), *self._returns]
         if tasks:
             await asyncio.wait(tasks, timeout=patience_s)
         for task in tasks:
@@ -106,7 +115,8 @@ class States:
             if sandbox.status == "paused":
                 await self._resume(sandbox)
             elif sandbox.status == "hibernated":
-                await self._restore(sandbox)
+                with self.registry.machines.refills.paused():
+                    await self._restore(sandbox)
             elif sandbox.status != "running":
                 raise not_running(sandbox, sandbox.entry.reason)
 
@@ -229,16 +239,19 @@ class States:
                     await asyncio.shield(self.snapshots.delete(snapshot_id))
                     raise
                 sandbox.entry, sandbox.status, sandbox.stored_bytes = entry, "hibernated", saved.size_bytes
-            await self._let_go(sandbox)
+            sandbox.frozen = sandbox.working = sandbox.strays = False
+            left = self.registry.part(sandbox)
+            self.later(sandbox.id, self._let_go(sandbox, left))
             self.registry.tell("hibernated", sandbox.id, reason)
 
-    async def _let_go(self, sandbox: Sandbox) -> None:
-        """Give memory and CPU back. What resists is tried again before the next restore, or swept by the next start."""
-        sandbox.frozen = sandbox.working = sandbox.strays = False
+    async def _let_go(self, sandbox: Sandbox, left: Ready) -> None:
+        """Give back what a hibernated sandbox had, in a moment in which nobody waits for it."""
         try:
-            await self.registry.end(sandbox)
+            await self.registry.machines.discard_ready(left)
         except (PandastackError, OSError) as error:
             log.error("what a hibernated sandbox held could not be given back", sandbox_id=sandbox.id, error=str(error))
+            if sandbox.machine is None:
+                sandbox.machine = left.machine  # Tried again before the next restore; otherwise the next start sweeps it.
 
     async def _restore(self, sandbox: Sandbox) -> None:
         """Bring a hibernated sandbox back; the caller holds its lock. When it fails, what was saved stays."""
@@ -249,11 +262,10 @@ class States:
         async with contextlib.AsyncExitStack() as undo:
             self.registry.admission.reserve(sandbox.id, sandbox.limits)
             undo.callback(self.registry.admission.release, sandbox.id)
-            saved = await self.snapshots.check(before.snapshot)
-            key = self.key(saved, sandbox.limits)
+            saved = self.snapshots.get(before.snapshot)
             fresh = identity.fresh(sandbox.id, before.request.hostname, before.env, machine_id=before.machine_id or None)
             async with self.registry.starts:
-                ready = await self._start(key, fresh)
+                ready = await self._start(saved, sandbox.limits, fresh)
             undo.push_async_callback(self.registry.machines.discard_ready, ready)
             entry = before.model_copy(
                 update={
@@ -271,11 +283,23 @@ class States:
             undo.pop_all()
         sandbox.entry, sandbox.machine, sandbox.guest, sandbox.stored_bytes = entry, ready.machine, ready.guest, 0
         self.registry.enter(sandbox)
-        await self.snapshots.delete(saved.manifest.id)
         self.registry.tell("running", sandbox.id)
+        self.later(sandbox.id, self.snapshots.delete(saved.manifest.id))
 
-    async def _start(self, key: SlotKey, fresh: identity.Identity) -> Ready:
-        ready = await self.registry.machines.restored(key, quiet=False)
+    async def _start(self, saved: Saved, limits: Limits, fresh: identity.Identity) -> Ready:
+        """A machine that goes on from a saved state, as soon as that has proved to be what was saved."""
+        key = self.key(saved, limits)
+        # Reading all of it twice, one after the other, would double the time. What is restored does nothing yet.
+        restoring = asyncio.create_task(self.registry.machines.restored(key, quiet=False, blank=True))
+        try:
+            await self.snapshots.check(saved.manifest.id)
+            ready = await asyncio.shield(restoring)
+        except BaseException:
+            restoring.cancel()
+            (outcome,) = await asyncio.gather(restoring, return_exceptions=True)
+            if not isinstance(outcome, BaseException):
+                await self.registry.machines.discard_ready(outcome)
+            raise
         try:
             await identity.confirm(ready.guest, fresh)
         except BaseException:

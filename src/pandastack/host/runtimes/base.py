@@ -133,6 +133,11 @@ class Machine(Protocol):
         """Wait until the machine is over, however long that takes, and say why. Cancel it freely."""
         ...
 
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, as of now."""
+        ...
+
     def let_go(self) -> None:
         """Close what this process holds of it. It runs on, for a later `adopt`; this object is of no more use."""
         ...

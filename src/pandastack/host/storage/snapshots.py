@@ -6,8 +6,8 @@ Runs on a host; called by the conductor. Below `root`:
     .new/<id>/                 one being written, or what a killed one left; the next start clears it
 
 The order of `publish` is the promise: every file, then the manifest with their sizes and digests, then the folder, then its
-name are on disk before anybody is told. Whoever reads checks all of it first, so a state that was cut short, changed, or copied
-here from elsewhere is refused with a reason and never given to a runtime. The first line of a manifest is the SHA-256 of
+name are on disk before anybody is told. Whoever reads checks all of it before anything in the copy moves, so a state that was
+cut short, changed, or copied here from elsewhere is refused with a reason. The first line of a manifest is the SHA-256 of
 the rest: it is not there against forgers (only root writes here) but against disks.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import hashlib
 import os
 import shutil
@@ -35,6 +36,10 @@ log = structlog.get_logger(__name__)
 _MANIFEST = "manifest.json"
 _NEW = ".new"
 _MAX_MANIFEST_BYTES = 16 << 20
+_WRITE_EVERY_S = 0.01
+_SYNC_FILE_RANGE_WRITE = 2  # From linux/fs.h: begin to write dirty pages, wait for nothing.
+
+_libc = ctypes.CDLL(None)
 
 Kind = Literal["snapshot", "hibernation"]
 
@@ -135,9 +140,12 @@ class Snapshots:
         """A new, empty folder for a runtime to write into. What is in it when the block ends without `publish` is removed."""
         folder = self._root / _NEW / snapshot_id
         await asyncio.to_thread(_fresh, folder)
+        # The disk writes from the beginning on, rather than all at once when `publish` waits for it.
+        ahead = asyncio.create_task(_write_ahead(folder), name=f"write ahead {snapshot_id}")
         try:
             yield folder
         finally:
+            ahead.cancel()
             await asyncio.shield(asyncio.to_thread(shutil.rmtree, folder, True))
 
     async def publish(self, snapshot_id: SnapshotId, kind: Kind, origin: Origin) -> Saved:
@@ -207,6 +215,20 @@ class Snapshots:
 def _fresh(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, parents=True)
+
+
+async def _write_ahead(folder: Path) -> None:
+    """Have the kernel write what is in the files already, again and again, until cancelled."""
+    while True:
+        await asyncio.sleep(_WRITE_EVERY_S)
+        await asyncio.to_thread(_start_writing, folder)
+
+
+def _start_writing(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # Whatever is wrong, `publish` will say.
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                _libc.sync_file_range(file.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
 
 
 def _measure(path: Path) -> SavedFile:

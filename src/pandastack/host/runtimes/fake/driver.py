@@ -131,6 +131,10 @@ class FakeMachine:
         assert self._over is not None  # noqa: S101
         return self._over
 
+    @property
+    def over(self) -> bool:
+        return self._over is not None
+
     def let_go(self) -> None:
         """Nothing: both ends live in this process."""
 

@@ -136,7 +136,8 @@ class SocketControl:
         self._set_loopback(restore=True)
         argument: dict[str, Any] = {"HavePagesFile": True, "HaveDeviceFile": False}
         if self._dialect == "2026":
-            argument["Background"] = False
+            # It goes on at once, and a page that it needs is read first; nothing is saved again before all of them are there.
+            argument["Background"] = True
         with _opened(source, os.O_RDONLY | os.O_CLOEXEC) as fds:
             self._call("containerManager.Restore", argument, fds, timeout_s=STATE_TIMEOUT_S)
 

@@ -199,6 +199,10 @@ class GvisorMachine:
         killed = await asyncio.to_thread(self._cgroup.oom_kills)
         return "oom" if killed else "exited"
 
+    @property
+    def over(self) -> bool:
+        return not self._pidfds or any(_has_ended(pidfd) for pidfd in self._pidfds)
+
     def let_go(self) -> None:
         if self.stdio is not None:
             for end in self.stdio:
