@@ -129,6 +129,10 @@ class Machine(Protocol):
 
     async def usage(self) -> Usage: ...
 
+    def memory_share(self) -> float:
+        """How much of its memory limit it needs now, 0 to 1: at 1 it is ended. Costs microseconds."""
+        ...
+
     async def ended(self) -> EndReason:
         """Wait until the machine is over, however long that takes, and say why. Cancel it freely."""
         ...
