@@ -31,7 +31,8 @@ async def list_all(here: Here, caller: Reader, sandbox_id: Annotated[str | None,
 
 @router.get("/snapshots/{snapshot_id}", response_model=SnapshotView, operation_id="getSnapshot")
 async def get(here: Here, caller: Reader, snapshot_id: str) -> Response:
-    return answers.json(view(await here.snapshots.get(caller, snapshot_id)))
+    row = await here.snapshots.get(caller, snapshot_id)
+    return answers.json(view(row, await here.usages.of_snapshot(row)))
 
 
 @router.delete("/snapshots/{snapshot_id}", status_code=204, operation_id="deleteSnapshot")

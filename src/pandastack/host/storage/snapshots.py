@@ -179,7 +179,8 @@ class Snapshots:
 
     def space(self, snapshot_id: str) -> space.Space:
         """What a state takes of the disk; a file that another state has too is shared. Blocks briefly. Raises SnapshotNotFound."""
-        return space.of(*self.get(snapshot_id).folder.iterdir())
+        saved = self.get(snapshot_id)
+        return space.of(*(saved.folder / name for name in (*saved.manifest.files, _MANIFEST)))
 
     async def check(self, snapshot_id: str) -> Saved:
         """A state that is exactly what was saved. Raises SnapshotNotFound, SnapshotUnusable with its `reason`."""
