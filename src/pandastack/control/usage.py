@@ -9,7 +9,7 @@ from pandastack.control.sandboxes import Sandboxes
 from pandastack.control.settings import ControlSettings
 from pandastack.control.store import Store
 from pandastack.control.store.snapshots import SnapshotRow
-from pandastack.errors import NotFoundError
+from pandastack.errors import NotFoundError, PandastackError
 from pandastack.wire.usage import SandboxUsage, StateUsage, WorkspaceUsage
 
 
@@ -34,11 +34,11 @@ class Usages:
         return found.model_copy(update={"status": row.status})
 
     async def of_snapshot(self, row: SnapshotRow) -> StateUsage | None:
-        """None for one that its host does not have, or not yet."""
+        """None for one that its host does not have, or not yet, and where the host does not say: the record is told even so."""
         try:
             async with deadline(self._settings.host_timeout_s):
                 return await self._host.snapshot_usage(row.id)
-        except NotFoundError:
+        except PandastackError:
             return None
 
     async def of_workspace(self, caller: Caller) -> WorkspaceUsage:

@@ -11,9 +11,9 @@ from pandastack.wire.sandboxes import View
 class SandboxUsage(View):
     """`GET .../usage`. Nothing is woken for it.
 
-    Memory is that of the processes that carry the sandbox: its own, and pages of files that others may map too, such as the
-    runtime's program. The disk is what was written to it since the start; the template below it is shared by all and not
-    counted. `stored_*` is the saved state of a hibernated sandbox, which then has neither memory nor a disk.
+    Memory is that of the processes that carry the sandbox: `shared` are mapped pages of files, such as the runtime's program,
+    which all sandboxes share. The disk is what was written to it since the start; the template below it is shared by all
+    and not counted. `stored_*` is the saved state of a hibernated sandbox, which then has neither memory nor a disk.
     """
 
     id: str

@@ -14,6 +14,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from pandastack.errors import DiskFull, HostUnfit, RuntimeFailed
@@ -66,8 +67,10 @@ class Disks:
             raise
 
     def space(self, disk: str) -> space.Space:
-        """What a disk takes of the host. One that does not exist takes nothing. Blocks briefly."""
-        return space.of(self._root / f"{disk}.img")
+        """What a disk takes of the host, also what the kernel did not write yet. One that does not exist takes nothing. Blocks briefly."""
+        image = space.of(self._root / f"{disk}.img")
+        written = space.used_bytes(self._root / disk) if (self._root / disk).is_mount() else 0
+        return replace(image, own_bytes=max(image.own_bytes, written - image.shared_bytes))
 
     async def delete(self, disk: str) -> None:
         """Unmount and remove. Idempotent."""

@@ -83,6 +83,12 @@ def free_bytes(folder: Path, below: Path | None = None) -> int:
     return min(status.f_bavail * status.f_frsize for status in statuses)
 
 
+def used_bytes(folder: Path) -> int:
+    """What is taken of the file system that the folder is on."""
+    status = os.statvfs(folder)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+
 def _of(fd: int) -> Space:
     status = os.fstat(fd)
     taken = status.st_blocks * 512
