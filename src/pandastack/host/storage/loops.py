@@ -14,18 +14,21 @@ from pandastack.errors import HostUnfit, RuntimeFailed
 # From linux/loop.h and sys/mount.h.
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
-_LO_FLAGS_AUTOCLEAR = 4
+_LO_FLAGS_AUTOCLEAR, _LO_FLAGS_DIRECT_IO = 4, 16
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME = 2, 4, 8, 1024
 _MNT_DETACH = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def mount(image: Path, directory: Path, kind: str, options: str) -> None:
-    """Mount the file system of that kind in `image`. All or nothing. Raises OSError, HostUnfit where loop devices are missing."""
+def mount(image: Path, directory: Path, kind: str, options: str, *, direct: bool = False) -> None:
+    """Mount the file system of that kind in `image`. All or nothing. Raises OSError, HostUnfit where loop devices are missing.
+
+    `direct`: do not keep what is read and written in memory a second time, as pages of `image`. Where it cannot be, it is kept.
+    """
     fd = os.open(image, os.O_RDWR | os.O_CLOEXEC)
     try:
-        device, device_fd = _attach(fd)
+        device, device_fd = _attach(fd, _LO_FLAGS_AUTOCLEAR | (_LO_FLAGS_DIRECT_IO if direct else 0))
         try:
             # AUTOCLEAR: the device is free again when the mount ends, also when nobody is left to free it.
             flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | _MS_NOATIME
@@ -51,7 +54,7 @@ def unmount_all(directory: Path) -> None:
         pass
 
 
-def _attach(image_fd: int) -> tuple[str, int]:
+def _attach(image_fd: int, flags: int) -> tuple[str, int]:
     """A free loop device for the file. Another process may take the one we were told of; then ask again."""
     try:
         control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
@@ -62,7 +65,7 @@ def _attach(image_fd: int) -> tuple[str, int]:
         ) from error
     # struct loop_config: fd, block size, then loop_info64 (flags at byte 52 of it), reserved words.
     info = bytearray(232)
-    struct.pack_into("<I", info, 52, _LO_FLAGS_AUTOCLEAR)
+    struct.pack_into("<I", info, 52, flags)
     config = struct.pack("<II", image_fd, 0) + bytes(info) + bytes(64)
     try:
         for _ in range(64):

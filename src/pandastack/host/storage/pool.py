@@ -139,7 +139,7 @@ class Pool:
             # A name that is written to while nothing is mounted on it would be hidden by the mount, and lost with the next one.
             if any(self.directory.iterdir()):
                 raise HostUnfit(f"{self.directory} is not empty", hint="move away what is in it: the storage pool is mounted there")
-            loops.mount(file, self.directory, "xfs", "discard")
+            loops.mount(file, self.directory, "xfs", "discard", direct=True)
         except OSError as error:
             if error.errno == errno.ENODEV:
                 raise HostUnfit(
