@@ -170,6 +170,15 @@ def test_a_sparse_pool_on_a_full_disk_refuses_early_and_goes_on_with_room_again(
     assert {one.id for one in client.sandboxes.list()} == {sandbox.id, other.id}
     assert other.exec("cat /var/file").stdout == "content"
     assert sandbox.usage().memory_own_bytes > 50 << 20
+    # Not a byte is left below, and a sandbox writes what its own disk has room for.
+    with filler.open("ab") as file:
+        status_ = os.statvfs(small)
+        os.posix_fallocate(file.fileno(), file.tell(), status_.f_bavail * status_.f_frsize)
+    other.exec("head -c 300M /dev/urandom > /var/large; sync", timeout_seconds=120)
+    with pytest.raises(errors.DiskFull):
+        sandbox.snapshot()
+    assert notes.add(sandbox, "still") == [*told, "still"]
+    told.append("still")
     client.snapshots.delete(kept)
     assert client.snapshots.list() == []
     other.kill()
