@@ -78,6 +78,20 @@ def test_it_is_mounted_unmounted_and_found_again_with_what_was_in_it(data: Path,
     assert {"nosuid", "nodev", "noexec"} <= set(line.split()[5].split(","))
 
 
+def test_a_data_directory_can_be_moved_with_its_pool(data: Path, pool: Pool, tmp_path: Path) -> None:
+    pool.open()
+    (pool.root / "file").write_text("kept")
+    pool.close()
+    moved = data.rename(tmp_path / "moved")
+    again = Pool(moved)
+    again.open()
+    try:
+        assert (again.file, (again.root / "file").read_text()) == (moved / "pool.xfs", "kept")
+    finally:
+        again.close()
+    moved.rename(data)
+
+
 def test_it_stays_while_somebody_uses_it(data: Path, pool: Pool) -> None:
     pool.open()
     with (pool.root / "file").open("w"):

@@ -39,7 +39,7 @@ _KEEP_FREE_BYTES = 1 << 30
 
 
 class Record(BaseModel):
-    """`file` is None where the operator said that no pool is wanted."""
+    """`file` is None where the operator wants no pool. One beside the record has no folder in its name, so that both can be moved."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,7 +71,7 @@ class Pool:
     @property
     def file(self) -> Path | None:
         record = self.record()
-        return record.file if record is not None else None
+        return None if record is None or record.file is None else self._data_dir.absolute() / record.file
 
     @property
     def root(self) -> Path:
@@ -108,17 +108,17 @@ class Pool:
 
     def open(self) -> None:
         """Mount it, if there is one and an earlier life did not leave it mounted. Raises HostUnfit; nothing is changed then."""
-        record = self.record()
-        if record is None or record.file is None:
+        file, record = self.file, self.record()
+        if file is None or record is None:
             return
         if self.mounted:
-            self._check_mark(record)
+            self._check_mark(file, record.id)
             return
         if problem := self.problem():
-            raise HostUnfit(f"the storage pool cannot be used: {problem}", hint=_remedy(record.file))
-        self._mount(record.file)
+            raise HostUnfit(f"the storage pool cannot be used: {problem}", hint=_remedy(file))
+        self._mount(file)
         try:
-            self._check_mark(record)
+            self._check_mark(file, record.id)
         except BaseException:
             self.close()
             raise
@@ -149,13 +149,13 @@ class Pool:
                 f"the storage pool {file} cannot be mounted ({error.strerror})", hint=_remedy(file), detail=str(error)
             ) from error
 
-    def _check_mark(self, record: Record) -> None:
+    def _check_mark(self, file: Path, expected: str) -> None:
         try:
             known = (self.directory / _MARK).read_text().strip()
         except OSError as error:
-            raise HostUnfit(f"the storage pool {record.file} cannot be read ({error.strerror})", hint=_remedy(record.file)) from error
-        if record.id and known != record.id:
-            raise HostUnfit(f"{record.file} is another storage pool than the one of this data directory", hint=_remedy(record.file))
+            raise HostUnfit(f"the storage pool {file} cannot be read ({error.strerror})", hint=_remedy(file)) from error
+        if expected and known != expected:
+            raise HostUnfit(f"{file} is another storage pool than the one of this data directory", hint=_remedy(file))
 
     # Making one
 
@@ -204,7 +204,8 @@ class Pool:
             raise HostUnfit(f"{target} could not be made ({error.strerror})", hint="name another place with --file") from error
         finally:
             temporary.unlink(missing_ok=True)
-        self._write(Record(file=target, id=identity))
+        beside = target.parent == self._data_dir.absolute()
+        self._write(Record(file=Path(target.name) if beside else target, id=identity))
         for name in _MOVED:
             shutil.rmtree(self._data_dir / name, ignore_errors=True)
         return target, size_bytes
@@ -251,7 +252,7 @@ def default_size(folder: Path) -> int:
     return int((space.free_bytes(folder) - _KEEP_FREE_BYTES) * SHARE) >> 30 << 30
 
 
-def _remedy(file: Path | None) -> str:
+def _remedy(file: Path) -> str:
     return f"nothing was changed; bring {file} back, or look at it with `xfs_repair -n`; its data is in no other place"
 
 

@@ -36,8 +36,7 @@ class Status(BaseModel):
 def look(data_dir: Path, *, images: Path, captures: Path | None = None) -> Status:
     """`images` is where images and baked states are, `captures` where forks are copied through when not in the data directory."""
     pool = Pool(data_dir)
-    record = pool.record()
-    file = record.file if record is not None else None
+    record, file = pool.record(), pool.file
     away = file is not None and not pool.mounted
     below = None if pool.below is None or not pool.below.is_dir() else pool.below
     folders = {
