@@ -22,6 +22,7 @@ from pandastack import errors
 from . import notes
 from .conftest import MakeServer
 from .servers import Server
+from .test_disk_full import leave_mib
 
 pytestmark = pytest.mark.skipif(shutil.which("mkfs.xfs", path="/usr/sbin:/sbin") is None, reason="xfsprogs is not installed")
 
@@ -115,20 +116,20 @@ def test_a_lost_or_damaged_pool_stops_the_start_and_nothing_is_begun_beside_it(o
     file.write_bytes(bytes(8192))
     with pytest.raises(AssertionError, match="is damaged"):
         server.start()
-    assert "is damaged" in json.loads(_doctor(server))["problem"]
+    assert "is damaged" in refused_by_the_doctor(server)
     away.replace(file)
     server.start()
     assert sandbox.filesystem.read("/var/file") == b"kept"
 
 
-def _doctor(server: Server) -> str:
-    """What the doctor says of blocks that can be shared, in the shape of `{"problem": ...}`."""
+def refused_by_the_doctor(server: Server) -> str:
+    """What it says of blocks that can be shared, which it cannot like."""
     environ = {**server.environ, "PANDASTACK_DATA_DIR": str(server.data)}
     command = [sys.executable, "-m", "pandastack.host", "doctor", "--json"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
     (check,) = [check for check in json.loads(done.stdout)["checks"] if check["name"] == "reflink"]
     assert check["ok"] is False
-    return json.dumps({"problem": check["detail"]})
+    return str(check["detail"])
 
 
 @pytest.fixture
@@ -155,10 +156,7 @@ def test_a_sparse_pool_on_a_full_disk_refuses_early_and_goes_on_with_room_again(
     kept = other.snapshot()
     other.filesystem.write("/var/file", "content")
     other.exec("sync", check=True)
-    filler = small / "filler"
-    with filler.open("wb") as file:
-        status_ = os.statvfs(small)
-        os.posix_fallocate(file.fileno(), 0, status_.f_bavail * status_.f_frsize - ((RESERVE_MIB + 20) << 20))
+    filler = leave_mib(small, RESERVE_MIB + 20)
     told: list[str] = []
     for verb in (sandbox.snapshot, sandbox.hibernate, sandbox.fork):
         with pytest.raises(errors.DiskFull) as refused:
@@ -170,10 +168,9 @@ def test_a_sparse_pool_on_a_full_disk_refuses_early_and_goes_on_with_room_again(
     assert {one.id for one in client.sandboxes.list()} == {sandbox.id, other.id}
     assert other.exec("cat /var/file").stdout == "content"
     assert sandbox.usage().memory_own_bytes > 50 << 20
-    # Not a byte is left below, and a sandbox writes what its own disk has room for.
-    with filler.open("ab") as file:
-        status_ = os.statvfs(small)
-        os.posix_fallocate(file.fileno(), file.tell(), status_.f_bavail * status_.f_frsize)
+    # Next to nothing is left below, and a sandbox writes what its own disk has room for.
+    filler.unlink()
+    filler = leave_mib(small, 2)
     other.exec("head -c 300M /dev/urandom > /var/large; sync", timeout_seconds=120)
     with pytest.raises(errors.DiskFull):
         sandbox.snapshot()
