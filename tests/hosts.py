@@ -32,9 +32,11 @@ from pandastack.host.runtimes.base import Probe
 from pandastack.host.runtimes.fake import FakeRuntime, Hang
 from pandastack.host.sandboxes import Sandboxes
 from pandastack.host.states import States
+from pandastack.host.storage import space
 from pandastack.host.storage.images import Image, Progress
 from pandastack.host.storage.recipes import Recipe
 from pandastack.host.storage.snapshots import Kind, Origin, Saved, Snapshots
+from pandastack.host.storage.space import Space
 from pandastack.wire.host import HostCreate, Output, ProcessExit
 from pandastack.wire.ids import HostId, SandboxId, SnapshotId, new_process_id, new_sandbox_id
 from pandastack.wire.processes import ExecRequest
@@ -58,6 +60,9 @@ class FolderDisks:
 
     def path(self, disk: str) -> Path:
         return self._root / disk
+
+    def space(self, disk: str) -> Space:
+        return space.of(*self.path(disk).iterdir()) if self.path(disk).is_dir() else Space()
 
     async def create(self, disk: str, size_mib: int) -> Path:
         await self._runtime.step("disk.create")

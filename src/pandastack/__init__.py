@@ -75,10 +75,13 @@ if TYPE_CHECKING:
         OutputEvent,
         OutputSlice,
         Promoted,
+        Quota,
         SandboxMetrics,
+        SandboxUsage,
         Snapshot,
         Template,
         Token,
+        WorkspaceUsage,
     )
     from pandastack.sdk.retry import CreateRetryEvent
     from pandastack.sdk.sandboxes import Sandbox
@@ -100,8 +103,8 @@ _HOMES = {
     "sdk.files": "AsyncFileWatch AsyncFilesystem FileWatch Filesystem",
     "sdk.processes": "AsyncProcess Process",
     "sdk.results": (
-        "BakeProgress ExecResult FileEvent FileInfo FileWritten Lifecycle Me OutputEvent OutputSlice Promoted SandboxMetrics Snapshot "
-        "Template Token"
+        "BakeProgress ExecResult FileEvent FileInfo FileWritten Lifecycle Me OutputEvent OutputSlice Promoted Quota SandboxMetrics "
+        "SandboxUsage Snapshot Template Token WorkspaceUsage"
     ),
     "sdk.retry": "CreateRetryEvent",
     "sdk.async_sandboxes": "AsyncSandbox",
@@ -161,6 +164,7 @@ __all__ = [
     "Process",
     "ProcessNotFound",
     "Promoted",
+    "Quota",
     "QuotaExceeded",
     "RateLimited",
     "RuntimeFailed",
@@ -169,6 +173,7 @@ __all__ = [
     "SandboxNotFound",
     "SandboxNotRunning",
     "SandboxTimeout",
+    "SandboxUsage",
     "ServerError",
     "Snapshot",
     "SnapshotNotFound",
@@ -181,6 +186,7 @@ __all__ = [
     "Token",
     "TokenNotFound",
     "TooLarge",
+    "WorkspaceUsage",
     "__version__",
     "async_explore",
     "explore",

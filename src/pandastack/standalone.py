@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import resource
@@ -27,10 +26,12 @@ from pandastack.control import access
 from pandastack.control import app as control_app
 from pandastack.control import server as control_server
 from pandastack.control.settings import ControlSettings
-from pandastack.errors import AuthError, Conflict, HostUnfit, PandastackError
+from pandastack.errors import AuthError, HostUnfit, PandastackError
 from pandastack.host import app as host_app
-from pandastack.host import doctor
+from pandastack.host import doctor, lock
 from pandastack.host.settings import HostSettings
+from pandastack.host.storage import space
+from pandastack.host.storage.pool import MIN_GIB, Pool, default_size
 
 log = structlog.get_logger(__name__)
 
@@ -55,6 +56,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--cache-dir", type=Path)
     parser.add_argument("--slots", type=int)
+    parser.add_argument(
+        "--pool", action=argparse.BooleanOptionalAction, help="make a storage pool where files cannot share blocks, or never"
+    )
     parser.add_argument("--ready-file", type=Path, help="write {api_url, token, pid} there when ready")
     return parser.parse_args(argv)
 
@@ -69,26 +73,35 @@ def _run(settings: HostSettings, arguments: argparse.Namespace) -> int:
         raise HostUnfit("pandastack up must run as root: it makes namespaces, cgroups and mounts", hint="run it with sudo")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # A handful for each sandbox and each client.
-    with _only_one(settings.data_dir), contextlib.closing(_listen(arguments.host, arguments.port)) as listener:
+    with lock.held(settings.data_dir), contextlib.closing(_listen(arguments.host, arguments.port)) as listener:
+        _choose_storage(settings, arguments.pool)
         # uvloop is a little faster than asyncio for the copying that exec and files are made of.
         import uvloop
 
         return uvloop.run(_serve(settings, arguments, listener))
 
 
-@contextlib.contextmanager
-def _only_one(data_dir: Path) -> Iterator[None]:
-    try:
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (data_dir / "lock").open("a")
-    except OSError as error:
-        raise HostUnfit(f"the data directory {data_dir} cannot be used ({error.strerror})", hint="name another with --data-dir") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise Conflict(f"another pandastack runs on {data_dir}", hint="stop it, or name another directory with --data-dir") from error
-        yield
+def _choose_storage(settings: HostSettings, wanted: bool | None) -> None:
+    """Make a pool where blocks cannot be shared: when told to, or when somebody at a terminal says yes. A "no" is remembered."""
+    pool = Pool(settings.data_dir)
+    record = pool.record()
+    decided = record is not None and (record.file is not None or wanted is None)
+    if decided or space.shares_blocks(settings.data_dir) is not False:
+        return
+    if wanted is None:
+        size = default_size(settings.data_dir)
+        if pool.in_the_way() is not None or size < MIN_GIB * (1 << 30) or not (sys.stdin.isatty() and sys.stderr.isatty()):
+            return  # The log of the host says that there is such a thing.
+        _say(f"files in {settings.data_dir} cannot share blocks, so that copies take their full size.")
+        asked = f"Make a pool for them, a sparse file of up to {size >> 30} GiB ({settings.data_dir / 'pool.xfs'})? [y/N] "
+        sys.stderr.write(asked)
+        sys.stderr.flush()
+        wanted = sys.stdin.readline().strip().lower() in ("y", "yes")
+    if not wanted:
+        pool.decline()
+        return
+    file, size = pool.init()
+    _say(f"made {file}, an XFS of {size >> 30} GiB that takes what is written to it")
 
 
 def _listen(host: str, port: int) -> socket.socket:

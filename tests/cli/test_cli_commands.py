@@ -62,6 +62,52 @@ def test_a_sandbox_from_birth_to_death() -> None:
     assert "no such sandbox" in call("sandbox", "rm", sandbox_id, code=1).stderr
 
 
+def test_use_of_a_sandbox_and_of_the_workspace(sandbox_id: str, client: Client) -> None:
+    assert as_json("usage", sandbox_id)["memory_own_bytes"] > 0
+    shown = call("usage", sandbox_id).stdout.splitlines()
+    assert shown[0].split() == ["RUNNING", "OWN", "SHARED"]
+    assert [line.split()[0] for line in shown[1:]] == ["memory", "disk", "stored"]
+    client.sandboxes.get(sandbox_id).hibernate()
+    snapshot_id = client.sandboxes.get(sandbox_id).snapshot()
+    total = as_json("usage")
+    assert total["stored_bytes"]["used"] == total["snapshot_bytes"] + total["hibernated_bytes"] > 0
+    table = call("usage").stdout.splitlines()
+    assert table[0].split() == ["USED", "LIMIT", "LEFT"]
+    assert table[1].split()[2:] == ["none", "-"]
+    facts = as_json("snapshot", "get", snapshot_id)
+    assert facts["own_bytes"] + facts["shared_bytes"] == facts["size_bytes"]
+    client.snapshots.delete(snapshot_id)
+    assert "no such sandbox" in call("usage", "nothing", code=1).stderr
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The program that a command became instead of itself, and its arguments."""
+    seen: list[str] = []
+
+    def become(module: str, arguments: list[str]) -> None:
+        seen.extend([module, *arguments])
+        raise SystemExit(0)  # Like the real one, it does not return.
+
+    monkeypatch.setattr("pandastack.cli.local.replace_with", become)
+    return seen
+
+
+INIT = ("init", "--file", "/x/y", "--size-gb", "7.0", "--data-dir", "/d")
+
+
+@pytest.mark.parametrize("arguments", [("init",), INIT, ("status", "--json")])
+def test_storage_becomes_the_hosts_program(arguments: tuple[str, ...], started: list[str]) -> None:
+    call("storage", *arguments)
+    assert started == ["pandastack.host", "storage", *arguments]
+
+
+@pytest.mark.parametrize("given", [(), ("--pool",), ("--no-pool",)])
+def test_up_passes_on_whether_a_pool_is_wanted(given: tuple[str, ...], started: list[str]) -> None:
+    call("up", *given)
+    assert started == ["pandastack.standalone", "up", *given]
+
+
 def test_exec_ends_with_the_code_of_the_command(sandbox_id: str) -> None:
     result = call("sandbox", "exec", sandbox_id, "--", "echo out; echo err >&2; exit 7", code=7)
     assert (result.stdout, result.stderr) == ("out\n", "err\n")

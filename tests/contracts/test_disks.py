@@ -161,7 +161,7 @@ async def test_a_disk_that_is_there_already_is_not_taken_over(disks: Disks, root
 
 
 async def test_a_mount_that_fails_leaves_nothing(disks: Disks, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_mount_loop", lambda *_: (_ for _ in ()).throw(OSError(5, "no")))
+    monkeypatch.setattr(module.loops, "mount", lambda *_: (_ for _ in ()).throw(OSError(5, "no")))
     with pytest.raises(RuntimeFailed):
         await disks.create("a", 32)
     assert sorted(path.name for path in root.iterdir()) == ["empty"]

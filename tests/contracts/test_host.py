@@ -17,10 +17,10 @@ import pytest
 from hosts import World
 from pandastack.control.fake_host import FakeHost
 from pandastack.control.hosts import Host, closing
-from pandastack.errors import Conflict, FileConflict, FileNotFound, ProcessNotFound, SandboxNotFound, TemplateNotFound
+from pandastack.errors import Conflict, FileConflict, FileNotFound, ProcessNotFound, SandboxNotFound, SnapshotNotFound, TemplateNotFound
 from pandastack.wire.files import ChangeMode
 from pandastack.wire.host import HostCreate, Output, ProcessExit
-from pandastack.wire.ids import ProcessId, SandboxId, new_process_id, new_sandbox_id
+from pandastack.wire.ids import ProcessId, SandboxId, new_process_id, new_sandbox_id, new_snapshot_id
 from pandastack.wire.processes import ExecRequest, ProcessStart, ProcessView, SignalRequest
 
 pytestmark = pytest.mark.anyio
@@ -181,6 +181,35 @@ async def test_metrics_are_numbers(host: Host, box: SandboxId) -> None:
 
 
 # Processes
+
+
+async def test_use_is_told_in_every_state_and_wakes_nothing(host: Host, box: SandboxId) -> None:
+    running = await host.usage(box)
+    assert (running.id, running.status, running.stored_own_bytes) == (box, "running", 0)
+    assert running.memory_own_bytes > 0
+    await host.pause(box)
+    assert (await host.usage(box)).memory_own_bytes > 0
+    stored = (await host.hibernate(box, reason="request")).stored_bytes
+    now = await host.usage(box)
+    assert (now.status, now.memory_own_bytes, now.disk_own_bytes, now.disk_shared_bytes) == ("hibernated", 0, 0, 0)
+    assert (now.stored_own_bytes, now.stored_shared_bytes) == (stored, 0)
+    assert (await host.get(box)).status == "hibernated"
+    with pytest.raises(SandboxNotFound):
+        await host.usage(new_sandbox_id())
+    with pytest.raises(SnapshotNotFound):
+        await host.snapshot_usage(new_snapshot_id())
+
+
+async def test_what_two_states_share_is_nobodys_own_until_one_of_them_is_gone(host: Host, box: SandboxId) -> None:
+    await host.hibernate(box, reason="request")
+    made = await host.snapshot(box, new_snapshot_id())
+    snapshot, hibernated = await host.snapshot_usage(made.id), await host.usage(box)
+    assert snapshot.own_bytes + snapshot.shared_bytes == made.size_bytes
+    assert hibernated.stored_shared_bytes == snapshot.shared_bytes > 0
+    await host.delete(box)
+    alone = await host.snapshot_usage(made.id)
+    assert (alone.own_bytes, alone.shared_bytes) == (made.size_bytes, 0)
+    await host.delete_snapshot(made.id)
 
 
 async def test_a_command_is_followed_to_its_exit(host: Host, box: SandboxId) -> None:

@@ -455,6 +455,25 @@ class TestFork:
         assert [one.id for one in await host.list()] == [box]
 
 
+async def test_use_follows_a_sandbox_through_its_states(host: HostService, box: SandboxId) -> None:
+    before = await host.usage(box)
+    assert before.memory_own_bytes > 1 << 19
+    kept = await host.hibernate(box, reason="request")
+    now = await host.usage(box)
+    assert (now.status, now.memory_own_bytes, now.disk_own_bytes) == ("hibernated", 0, 0)
+    assert (now.stored_own_bytes, now.stored_shared_bytes) == (kept.stored_bytes, 0)
+    snapshot = await host.snapshot(box, new_snapshot_id())
+    shared = await host.usage(box)
+    assert shared.stored_shared_bytes > 0
+    assert shared.stored_own_bytes + shared.stored_shared_bytes == kept.stored_bytes
+    assert (await host.get(box)).status == "hibernated", "looking wakes nothing"
+    await host.wake(box)
+    # The sandbox has given its saved state back, so what both had is the snapshot's alone.
+    alone = await host.snapshot_usage(snapshot.id)
+    assert (alone.own_bytes, alone.shared_bytes) == (snapshot.size_bytes, 0)
+    assert (await host.usage(box)).stored_shared_bytes == 0
+
+
 def _with_room_for(host: HostService, sandboxes: int) -> Any:
     from dataclasses import replace
 

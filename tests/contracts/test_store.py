@@ -16,6 +16,7 @@ from pandastack.control.store import Store
 from pandastack.control.store.sandboxes import SandboxRow
 from pandastack.control.store.snapshots import SnapshotRow
 from pandastack.control.store.tokens import TokenRow
+from pandastack.errors import QuotaExceeded
 from pandastack.wire.ids import HostId, TenantId, new_sandbox_id, new_snapshot_id
 
 pytestmark = pytest.mark.anyio
@@ -275,6 +276,41 @@ def snapshot(tenant: TenantId, **values: Any) -> SnapshotRow:
         "template": "base", "cpu": 1.0, "memory_mb": 512, "disk_mb": 2048, "created_us": 1,
     }  # fmt: skip
     return SnapshotRow(**known | values)
+
+
+async def test_what_is_refused_in_the_transaction_is_not_written(records: Store, ours: TenantId, theirs: TenantId) -> None:
+    def refuse(used: int, more: int) -> None:
+        seen.append((used, more))
+        if used + more > 2:
+            raise QuotaExceeded("full")
+
+    seen: list[tuple[int, int]] = []
+    how: dict[str, Any] = {"request_hash": bytes(32), "expire_before_us": 0, "admit": refuse}
+    assert await records.creates.begin(ours, [row(ours)], key=None, **how)
+    for key in (None, "k"):
+        with pytest.raises(QuotaExceeded):
+            await records.creates.begin(ours, [row(ours), row(ours)], key=key, **how)
+    assert await records.creates.find(ours, "k", newer_than_us=0) is None, "the key of what was refused is free"
+    assert await records.creates.begin(theirs, [row(theirs), row(theirs)], key=None, **how)
+    assert seen == [(0, 1), (1, 2), (1, 2), (0, 2)]
+    assert (await records.sandboxes.count(ours), await records.sandboxes.count(theirs)) == (1, 2)
+
+
+async def test_snapshots_are_added_up_also_while_they_are_captured(records: Store, ours: TenantId, theirs: TenantId) -> None:
+    first, second = snapshot(ours, size_bytes=5), snapshot(ours, size_bytes=7)
+    for one in (first, second, snapshot(theirs, size_bytes=100)):
+        await records.snapshots.insert(one.tenant_id, one)
+    assert await records.snapshots.complete(ours, first.id, {"size_bytes": 6})
+    assert await records.snapshots.totals(ours) == (2, 13)
+    await records.snapshots.mark_deleting(ours, first.id)
+    assert await records.snapshots.totals(ours) == (1, 7)
+
+    def refuse(used: int, used_bytes: int) -> None:
+        raise QuotaExceeded(f"{used} {used_bytes}")
+
+    with pytest.raises(QuotaExceeded, match="1 7"):
+        await records.snapshots.insert(ours, snapshot(ours), refuse)
+    assert await records.snapshots.totals(ours) == (1, 7)
 
 
 async def test_a_snapshot_goes_through_its_states_in_order_and_is_its_tenants(records: Store, ours: TenantId, theirs: TenantId) -> None:

@@ -26,6 +26,8 @@ ROUTES: dict[tuple[str, str], tuple[str | None, dict[str, Any]]] = {
     ("GET", BOX + "/lifecycle"): ("read", {}),
     ("PATCH", BOX + "/lifecycle"): ("write", {"json": {"ttl_seconds": 600}}),
     ("GET", BOX + "/metrics"): ("read", {}),
+    ("GET", BOX + "/usage"): ("read", {}),
+    ("GET", "/v1/usage"): ("read", {}),
     ("POST", BOX + "/pause"): ("write", {}),
     ("POST", BOX + "/resume"): ("write", {}),
     ("POST", BOX + "/hibernate"): ("write", {}),

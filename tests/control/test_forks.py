@@ -35,6 +35,18 @@ async def ids(w: World) -> set[str]:
 # Fork
 
 
+@pytest.mark.parametrize(
+    ("asked", "ttl"),
+    [("600", 600), ("1", 1), ("0", 77), ("-5", 77), ("soon", 77), ("9" * 30, 77), ("\u0663", 77), ("2592001", 77)],
+)
+async def test_an_existing_clients_explore_bounds_its_candidates(w: World, asked: str, ttl: int) -> None:
+    parent = await w.sandbox(ttl_seconds=77)
+    children = await tree(w, parent, 2, metadata={"explore": "1", "explore_ttl": asked})
+    assert [child["ttl_seconds"] for child in children] == [ttl, ttl]
+    (again,) = await tree(w, children[0]["id"], 1)
+    assert again["ttl_seconds"] == ttl, "a fork of a candidate has what its parent has, and is no candidate"
+
+
 @pytest.mark.parametrize("how", [{}, {"content": b"{}"}, {"content": b"", "headers": {"content-type": "text/plain;charset=UTF-8"}}])
 async def test_a_bare_fork_is_one_running_copy(w: World, how: dict[str, Any]) -> None:
     parent = await w.sandbox(template="base", memory_mb=700, ttl_seconds=77, persistent=True, metadata={"a": "1", "b": "2"})

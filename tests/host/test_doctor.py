@@ -124,12 +124,23 @@ def test_too_little_disk_space_fails(tmp_path: Path):
     assert checks.disk_space(tmp_path / "not" / "yet", 1 << 40).ok is False
 
 
+def test_a_pool_that_is_gone_fails_and_one_that_is_not_mounted_is_not_tried(tmp_path: Path):
+    (tmp_path / "pool.json").write_text(json.dumps({"file": str(tmp_path / "pool.xfs"), "id": "x"}))
+    gone = checks.reflink(tmp_path)
+    assert (gone.ok, "is missing" in gone.detail) == (False, True)
+    (tmp_path / "pool.xfs").write_bytes(b"XFSB")
+    assert checks.reflink(tmp_path).ok is None
+    (tmp_path / "pool.json").write_text(json.dumps({"file": None}))
+    assert checks.reflink(tmp_path).ok is not False
+
+
 def test_missing_tools_name_their_packages(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checks.shutil, "which", lambda *_, **__: None)
     assert checks.network_tools().ok is None
     assert "nftables" in checks.network_tools().detail
     assert checks.user_namespaces().ok is None
     assert checks.template_tools(None, None).hint == "apt-get install mmdebstrap"
+    assert "xfsprogs" in (checks.pool_tools().hint or "")
 
 
 def test_a_check_that_raises_becomes_its_sentence(monkeypatch: pytest.MonkeyPatch, settings: HostSettings):

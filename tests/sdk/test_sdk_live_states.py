@@ -58,6 +58,23 @@ def test_a_snapshot_outlives_its_sandbox(client: Client) -> None:
         client.sandboxes.create(from_snapshot=snapshot_id)
 
 
+def test_use_is_told_without_waking_anything(client: Client) -> None:
+    with client.sandboxes.create("base") as sandbox:
+        assert sandbox.usage().memory_own_bytes > 0
+        sandbox.hibernate()
+        snapshot_id = sandbox.snapshot()
+        now = sandbox.usage()
+        assert (now.status, now.memory_own_bytes, now.stored_shared_bytes > 0) == ("hibernated", 0, True)
+        assert sandbox.refresh().status == "hibernated"
+        total = client.usage()
+        assert (total.sandboxes.limit, total.stored_bytes.left) == (None, None)
+        assert total.stored_bytes.used == total.snapshot_bytes + total.hibernated_bytes > 0
+    alone = client.snapshots.get(snapshot_id)
+    assert (alone.own_bytes, alone.shared_bytes, alone["own_bytes"]) == (alone.size_bytes, 0, alone.size_bytes)
+    assert client.snapshots.list()[0].own_bytes is None
+    client.snapshots.delete(snapshot_id)
+
+
 def test_forks_are_apart_and_know_where_they_come_from(client: Client) -> None:
     with client.sandboxes.create(metadata={"job": "17"}) as parent:
         parent.filesystem.write("/tmp/x", "shared")

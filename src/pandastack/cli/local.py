@@ -45,12 +45,16 @@ def up(
     host: Annotated[str | None, typer.Option(help="The address to listen on (default: this machine only).")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where everything is kept.")] = None,
     slots: Annotated[int | None, typer.Option(min=0, help="How many sandboxes to keep ready.")] = None,
+    pool: Annotated[
+        bool | None, typer.Option("--pool/--no-pool", help="Make a storage pool where files cannot share blocks, or never ask for one.")
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready and leave it running.")] = False,
 ) -> None:
     """Start PandaStack on this machine."""
     require_server("pandastack.standalone")
     options = {"--port": port, "--host": host, "--data-dir": data_dir, "--slots": slots}
     arguments = ["up", *(text for name, value in options.items() if value is not None for text in (name, str(value)))]
+    arguments += [] if pool is None else ["--pool" if pool else "--no-pool"]
     if not detach:
         replace_with("pandastack.standalone", arguments)
     _detach(arguments)

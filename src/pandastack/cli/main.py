@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pandastack.cli import commands, console, files, local, processes, sandboxes, selftest, snapshots, templates, tokens
+from pandastack.cli import commands, console, files, local, processes, sandboxes, selftest, snapshots, storage, templates, tokens, usage
 
 app = console.group("Run code in isolated sandboxes on your own machines.")
 
@@ -21,7 +21,9 @@ app.add_typer(processes.app, name="process")
 app.add_typer(files.app, name="fs")
 app.add_typer(templates.app, name="template")
 app.add_typer(tokens.app, name="token")
+app.add_typer(storage.app, name="storage")
 app.add_typer(selftest.app, name="selftest")
+app.command()(usage.usage)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(local.bench)
 
 

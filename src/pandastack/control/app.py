@@ -1,7 +1,7 @@
 """Builds every part of the control plane and joins them. Read this first.
 
-    app -> routes -> parts -> gateway | reconcile -> forks | snapshots -> states -> sandboxes -> creates | access | placement | templates
-        -> work -> store | hosts | meters
+    app -> routes -> parts -> gateway | reconcile -> forks | snapshots | usage -> states -> sandboxes
+        -> creates | access | placement | templates -> work | quotas -> store | hosts | meters
 
 `build` is called by whoever starts the process, with the host it should use. Starting is the same as recovering: the
 store is opened (and migrated), records and host are made to agree, then the first request is answered. Stopping
@@ -26,6 +26,7 @@ from pandastack.control.gateway import Gateway
 from pandastack.control.hosts import Host
 from pandastack.control.meters import Meters
 from pandastack.control.parts import Parts
+from pandastack.control.quotas import Quotas
 from pandastack.control.reconcile import Reconciler
 from pandastack.control.routes import (
     answers,
@@ -40,6 +41,7 @@ from pandastack.control.routes import (
     system,
     templates,
     tokens,
+    usage,
 )
 from pandastack.control.routes.edge import Edge
 from pandastack.control.routes.requests import invalid
@@ -48,12 +50,13 @@ from pandastack.control.settings import ControlSettings, version
 from pandastack.control.snapshots import Snapshots
 from pandastack.control.states import States
 from pandastack.control.templates import Bakes
+from pandastack.control.usage import Usages
 from pandastack.control.work import Crew
 from pandastack.errors import BadRequestError, CapacityError, NotFoundError, PandastackError, SandboxTimeout, ServerError
 
 log = structlog.get_logger(__name__)
 
-MODULES = (sandboxes, states, snapshots, forks, exec, processes, files, templates, tokens, system)
+MODULES = (sandboxes, states, snapshots, forks, usage, exec, processes, files, templates, tokens, system)
 
 
 def build(settings: ControlSettings, host: Host) -> FastAPI:
@@ -94,10 +97,11 @@ async def assemble(settings: ControlSettings, host: Host, records: store.Store, 
     crew = await stack.enter_async_context(Crew(meters, grace_s=settings.shutdown_grace_s))
     keys = Keys(records)
     bakes = Bakes(host, crew)
-    creates = Creates(records, host, crew, settings)
+    quotas = Quotas(records, host, settings)
+    creates = Creates(records, host, crew, quotas, settings)
     service = Sandboxes(records, host, creates, bakes, crew, settings, meters)
     changes = States(records, host, service, crew, settings, meters)
-    saved = Snapshots(records, host, changes, crew, settings, meters)
+    saved = Snapshots(records, host, changes, crew, quotas, settings, meters)
     reconciler = Reconciler(records, host, creates, service, changes, saved, keys, crew, settings, meters)
     try:
         await reconciler.sweep()
@@ -116,6 +120,7 @@ async def assemble(settings: ControlSettings, host: Host, records: store.Store, 
         states=changes,
         snapshots=saved,
         forks=Forks(records, host, creates, service, changes, crew, settings, meters),
+        usages=Usages(records, host, service, quotas, settings),
         bakes=bakes,
         gateway=Gateway(host, settings, meters),
         reconciler=reconciler,

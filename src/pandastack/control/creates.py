@@ -22,6 +22,7 @@ from typing import Any
 from prometheus_client import Counter, Histogram
 
 from pandastack.control.hosts import Host, deadline
+from pandastack.control.quotas import Quotas
 from pandastack.control.settings import ControlSettings
 from pandastack.control.store import Store
 from pandastack.control.store.creates import CreateRow
@@ -70,10 +71,11 @@ Planner = Callable[[Sequence[SandboxId]], Awaitable[Plan]]
 class Creates:
     """The makings under way in this process. `outcomes` and `seconds` say where each is counted."""
 
-    def __init__(self, store: Store, host: Host, crew: Crew, settings: ControlSettings) -> None:
+    def __init__(self, store: Store, host: Host, crew: Crew, quotas: Quotas, settings: ControlSettings) -> None:
         self._store = store
         self._host = host
         self._crew = crew
+        self._quotas = quotas
         self._settings = settings
         # Ids that are being made in this process: the sweep leaves them alone.
         self.in_flight: set[SandboxId] = set()
@@ -126,7 +128,12 @@ class Creates:
         try:
             planned = await plan(ids)
             begun = await self._store.creates.begin(
-                request.tenant, planned.rows, key=request.key, request_hash=request.digest, expire_before_us=expire_us
+                request.tenant,
+                planned.rows,
+                key=request.key,
+                request_hash=request.digest,
+                expire_before_us=expire_us,
+                admit=self._quotas.admit_sandboxes,
             )
             if not begun and request.key is not None:
                 # Another process took the key between our look and our write.

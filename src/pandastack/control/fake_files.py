@@ -39,6 +39,10 @@ class FakeFiles:
         copy._nodes = {path: replace(node) for path, node in self._nodes.items()}
         return copy
 
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(len(node.data) for node in self._nodes.values() if node.data is not None)
+
     def content(self, path: bytes) -> bytes | None:
         node = self._nodes.get(_clean(path))
         return node.data if node is not None else None

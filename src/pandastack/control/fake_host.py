@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from typing import Literal
 
 from pandastack.control.fake_shell import FakeProcess
-from pandastack.control.fake_states import FakeSandbox, FakeStates
+from pandastack.control.fake_states import SAVED_BYTES, FakeSandbox, FakeSnapshot, FakeStates
 from pandastack.control.hosts import closing
 from pandastack.errors import (
     Conflict,
@@ -31,10 +31,11 @@ from pandastack.wire.host import (
     ProcessExit,
     RuntimeInfo,
 )
-from pandastack.wire.ids import HostId, ProcessId, SandboxId, new_process_id
+from pandastack.wire.ids import HostId, ProcessId, SandboxId, SnapshotId, new_process_id
 from pandastack.wire.processes import ExecRequest, ProcessStart, ProcessView, PtySize, SignalRequest
 from pandastack.wire.sandboxes import SandboxMetrics
 from pandastack.wire.templates import BakeProgress, TemplateView
+from pandastack.wire.usage import SandboxUsage, StateUsage
 
 
 class FakeHost(FakeStates):
@@ -102,6 +103,27 @@ class FakeHost(FakeStates):
             threads=1,
             memory_limit_bytes=found.state.memory_mb << 20,
         )
+
+    async def usage(self, sandbox_id: SandboxId) -> SandboxUsage:
+        await self._step("usage")
+        found = self._find(sandbox_id)
+        usage = SandboxUsage(id=sandbox_id, status=found.state.status)
+        if found.state.status in ("running", "paused"):
+            return usage.model_copy(update={"memory_own_bytes": SAVED_BYTES, "disk_own_bytes": found.files.size()})
+        if found.stored is None:
+            return usage
+        stored = self._stored(found.stored)
+        return usage.model_copy(update={"stored_own_bytes": stored.own_bytes, "stored_shared_bytes": stored.shared_bytes})
+
+    async def snapshot_usage(self, snapshot_id: SnapshotId) -> StateUsage:
+        await self._step("snapshot_usage")
+        return self._stored(self._saved(snapshot_id).stored)
+
+    def _stored(self, stored: object) -> StateUsage:
+        """Shared where a hibernated sandbox and a snapshot, or two snapshots, have the same files."""
+        holders: list[FakeSandbox | FakeSnapshot] = [*self.sandboxes.values(), *self.snapshots.values()]
+        shared = sum(holder.stored is stored for holder in holders) > 1
+        return StateUsage(own_bytes=0 if shared else SAVED_BYTES, shared_bytes=SAVED_BYTES if shared else 0)
 
     async def run(
         self, sandbox_id: SandboxId, request: ExecRequest, process_id: ProcessId

@@ -35,7 +35,10 @@ SAVED_BYTES = 1 << 20
 
 @dataclass
 class FakeSandbox:
-    """`active_at` is when it was last busy; while it is paused the clock stands, so `paused_at` is kept as well."""
+    """`active_at` is when it was last busy; while it is paused the clock stands, so `paused_at` is kept as well.
+
+    `stored` stands for the files of a hibernated one, which its snapshots share.
+    """
 
     request: HostCreate
     state: HostSandbox
@@ -44,18 +47,21 @@ class FakeSandbox:
     requests: int = 0
     active_at: float = 0.0
     paused_at: float | None = None
+    stored: object | None = None
     forced_idle_s: float | None = None
 
     def become(
         self, status: Literal["running", "paused", "hibernated", "failed"], reason: str | None = None, stored_bytes: int = 0
     ) -> None:
         self.state = self.state.model_copy(update={"status": status, "status_reason": reason, "stored_bytes": stored_bytes})
+        self.stored = object() if status == "hibernated" else None
 
 
 @dataclass
 class FakeSnapshot:
     saved: HostSnapshot
     files: FakeFiles
+    stored: object
 
 
 class FakeStates:
@@ -239,7 +245,7 @@ class FakeStates:
                 size_bytes=SAVED_BYTES,
                 created_us=time.time_ns() // 1000,
             )
-            self.snapshots[snapshot_id] = FakeSnapshot(saved, found.files.copied())
+            self.snapshots[snapshot_id] = FakeSnapshot(saved, found.files.copied(), found.stored or object())
             await self._step("snapshot.after", undo_snapshot=snapshot_id)
             return saved
 

@@ -3,6 +3,7 @@
     fork:     rows `creating` for all children (durable) -> host.fork -> all rows `running` + answer; see `creates`
     promote:  delete the other children of the same fork
 
+A child has its parent's ttl, unless the metadata of the fork has an `explore_ttl`: existing clients bound their candidates by it.
 All children of a fork have one `fork_tree_id` and one `fork_parent_id`, as columns and, for existing clients, in their metadata.
 """
 
@@ -12,7 +13,7 @@ import asyncio
 import builtins
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import structlog
 
@@ -35,6 +36,7 @@ from pandastack.wire.snapshots import Forked, ForkRequest, ForkTreeRequest, Prom
 log = structlog.get_logger(__name__)
 
 TREE, PARENT = "fork_tree_id", "fork_parent_id"
+EXPLORE_TTL = "explore_ttl"
 
 
 class Forks:
@@ -93,7 +95,7 @@ class Forks:
                 memory_mb=parent.memory_mb,
                 disk_mb=parent.disk_mb,
                 persistent=parent.persistent,
-                ttl_seconds=parent.ttl_seconds,
+                ttl_seconds=_explore_ttl(request.metadata, self._settings) or parent.ttl_seconds,
                 created_us=now_us,
                 metadata=metadata,
                 fork_parent_id=parent.id,
@@ -146,3 +148,10 @@ class Forks:
             else:
                 raise outcome
         return deleted, failures
+
+
+def _explore_ttl(metadata: Mapping[str, str], settings: ControlSettings) -> int | None:
+    """Seconds, as clients of 0.10 ask for their candidates; they have no other way to say it. None for what is no such number."""
+    text = metadata.get(EXPLORE_TTL, "")
+    seconds = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+    return seconds if 0 < seconds <= settings.max_ttl_seconds else None

@@ -5,7 +5,7 @@ client on the bus. `FakeHost` (control/fake_host.py) is the third. `tests/contra
 
 Every method may raise `SandboxNotFound` where it takes a sandbox id, `SandboxNotRunning` where it needs one that can be used,
 and a `GuestError` where it asks the daemon inside. What needs the daemon resumes a paused sandbox and wakes a hibernated one
-first, once for all who ask (CapacityError where it does not fit); `get`, `list` and `metrics` wake nothing. Iterators are async
+first, once for all who ask (CapacityError where it does not fit); `get`, `list`, `metrics` and `usage` wake nothing. Iterators are async
 generators: close them (`contextlib.aclosing`) and the work they stand for is given up, except that a started process goes on
 until it ends or is signalled.
 Paths are bytes, absolute, and are resolved only inside the sandbox.
@@ -36,6 +36,7 @@ from pandastack.wire.ids import HostId, ProcessId, SandboxId, SnapshotId
 from pandastack.wire.processes import ExecRequest, ProcessStart, ProcessView, PtySize, SignalRequest
 from pandastack.wire.sandboxes import SandboxMetrics
 from pandastack.wire.templates import BakeProgress
+from pandastack.wire.usage import SandboxUsage, StateUsage
 
 T = TypeVar("T")
 
@@ -100,6 +101,10 @@ class Host(Protocol):
 
     async def metrics(self, sandbox_id: SandboxId) -> SandboxMetrics: ...
 
+    async def usage(self, sandbox_id: SandboxId) -> SandboxUsage:
+        """What it takes now, in whatever state it is; zeros for what it has not. Wakes nothing and is no activity."""
+        ...
+
     # State
 
     async def pause(self, sandbox_id: SandboxId) -> HostSandbox:
@@ -141,6 +146,10 @@ class Host(Protocol):
         ...
 
     async def list_snapshots(self) -> builtins.list[HostSnapshot]: ...
+
+    async def snapshot_usage(self, snapshot_id: SnapshotId) -> StateUsage:
+        """What it takes on disk alone, and together with others. Raises SnapshotNotFound."""
+        ...
 
     async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         """Idempotent: an unknown id is success. Sandboxes made from it are not touched."""

@@ -16,6 +16,7 @@ from pandastack.control.snapshots import Snapshots
 from pandastack.control.states import States
 from pandastack.control.store import Store
 from pandastack.control.templates import Bakes
+from pandastack.control.usage import Usages
 from pandastack.control.work import Crew
 
 
@@ -32,6 +33,7 @@ class Parts:
     states: States
     snapshots: Snapshots
     forks: Forks
+    usages: Usages
     bakes: Bakes
     gateway: Gateway
     reconciler: Reconciler

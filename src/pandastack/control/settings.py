@@ -25,6 +25,11 @@ class ControlSettings(BaseSettings):
     max_memory_mb: int | None = Field(None, ge=1)
     max_disk_mb: int | None = Field(None, ge=1)
 
+    # What a workspace may have; None is no limit. See `quotas`.
+    quota_sandboxes: int | None = Field(None, ge=0)
+    quota_snapshots: int | None = Field(None, ge=0)
+    quota_stored_mb: int | None = Field(None, ge=0, description="MiB of snapshots and hibernated sandboxes; hibernation is never refused")
+
     # Bounds on one request.
     body_limit_bytes: int = Field(2 << 20, ge=1024)
     default_exec_timeout_s: float = Field(900.0, gt=0)

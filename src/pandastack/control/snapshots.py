@@ -20,6 +20,7 @@ import structlog
 from pandastack.control.access import Caller
 from pandastack.control.hosts import Host, deadline
 from pandastack.control.meters import Meters
+from pandastack.control.quotas import Quotas
 from pandastack.control.sandboxes import cores, when
 from pandastack.control.settings import ControlSettings
 from pandastack.control.states import States
@@ -39,14 +40,15 @@ from pandastack.errors import (
 )
 from pandastack.wire.ids import SnapshotId, TenantId, is_uuid, new_snapshot_id
 from pandastack.wire.snapshots import SnapshotView
+from pandastack.wire.usage import StateUsage
 
 log = structlog.get_logger(__name__)
 
 MISSING = "missing"
 
 
-def view(row: SnapshotRow) -> SnapshotView:
-    """The public shape of a record."""
+def view(row: SnapshotRow, usage: StateUsage | None = None) -> SnapshotView:
+    """The public shape of a record, with what its host says about it."""
     return SnapshotView(
         id=row.id,
         sandbox_id=row.sandbox_id,
@@ -56,6 +58,8 @@ def view(row: SnapshotRow) -> SnapshotView:
         status=row.status,
         status_reason=row.status_reason,
         size_bytes=row.size_bytes,
+        own_bytes=None if usage is None else usage.own_bytes,
+        shared_bytes=None if usage is None else usage.shared_bytes,
         created_at=when(row.created_us),
         cpu=cores(row.cpu),
         memory_mb=row.memory_mb,
@@ -67,11 +71,14 @@ def view(row: SnapshotRow) -> SnapshotView:
 class Snapshots:
     """Everything that can be asked about a snapshot, for one host."""
 
-    def __init__(self, store: Store, host: Host, states: States, crew: Crew, settings: ControlSettings, meters: Meters) -> None:
+    def __init__(
+        self, store: Store, host: Host, states: States, crew: Crew, quotas: Quotas, settings: ControlSettings, meters: Meters
+    ) -> None:
         self._store = store
         self._host = host
         self._states = states
         self._crew = crew
+        self._quotas = quotas
         self._settings = settings
         self._meters = meters
         # Ids that are being captured in this process: the sweep leaves them alone.
@@ -99,6 +106,7 @@ class Snapshots:
             self._meters.snapshots.labels(outcome).inc()
 
     async def _capture(self, tenant: TenantId, sandbox: SandboxRow) -> SnapshotRow:
+        size_bytes, admit = await self._quotas.foresee(sandbox)
         row = SnapshotRow(
             id=new_snapshot_id(),
             tenant_id=tenant,
@@ -112,10 +120,11 @@ class Snapshots:
             memory_mb=sandbox.memory_mb,
             disk_mb=sandbox.disk_mb,
             created_us=time.time_ns() // 1000,
+            size_bytes=size_bytes,
         )
         self.in_flight.add(row.id)
         try:
-            await self._store.snapshots.insert(tenant, row)
+            await self._store.snapshots.insert(tenant, row, admit)
             return await self._save(row)
         finally:
             self.in_flight.discard(row.id)

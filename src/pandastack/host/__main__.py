@@ -1,23 +1,28 @@
-"""`python -m pandastack.host doctor [--json]` and `python -m pandastack.host setup`; what the command line starts.
+"""`python -m pandastack.host doctor|setup|storage`; what the command line starts.
 
 doctor: exit code 0 when some runtime works, else 1. setup: fetches what this host lacks (runsc) into the cache directory,
-lines of progress on stderr, the path on stdout. Wrong usage: 2.
+lines of progress on stderr, the path on stdout. storage init: makes a pool, its file on stdout. storage status: what
+takes the disk. Wrong usage: 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from pandastack.errors import PandastackError
-from pandastack.host import doctor, fetch_runsc
+from pandastack.errors import HostUnfit, PandastackError
+from pandastack.host import doctor, fetch_runsc, lock
 from pandastack.host.settings import HostSettings
+from pandastack.host.storage import space, status
+from pandastack.host.storage.pool import Pool
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,9 +30,22 @@ def main(argv: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("doctor", help="what this machine can run, and what to change").add_argument("--json", action="store_true")
     verbs.add_parser("setup", help="fetch runsc into the cache directory when there is none")
+    storage = verbs.add_parser("storage", help="what takes the disk, and a pool whose files share blocks").add_subparsers(
+        dest="action", required=True
+    )
+    init = storage.add_parser("init", help="make a pool: an XFS in a file")
+    init.add_argument("--file", type=Path, help="where to make it (default: pool.xfs in the data directory)")
+    init.add_argument("--size-gb", type=float, help="GiB (default: three quarters of what is free)")
+    shown = storage.add_parser("status", help="how much there is, and what takes it")
+    shown.add_argument("--json", action="store_true")
+    for verb in (init, shown):
+        verb.add_argument("--data-dir", type=Path)
     arguments = parser.parse_args(argv)
     try:
         settings = HostSettings()
+        if arguments.verb == "storage":
+            settings = HostSettings(data_dir=arguments.data_dir) if arguments.data_dir is not None else settings
+            return _storage_init(settings, arguments) if arguments.action == "init" else _storage_status(settings, arguments.json)
         return asyncio.run(_until_signal(_doctor(settings, arguments.json) if arguments.verb == "doctor" else _setup(settings)))
     except ValidationError as error:
         first = error.errors()[0]
@@ -67,6 +85,30 @@ async def _setup(settings: HostSettings) -> int:
             return _fail(f"nothing can be written in {prefix} ({error.strerror})", "run as root, or set PANDASTACK_CACHE_DIR")
     sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _storage_init(settings: HostSettings, arguments: argparse.Namespace) -> int:
+    if os.geteuid() != 0:
+        raise HostUnfit("pandastack storage init must run as root: it mounts what it makes", hint="run it with sudo")
+    with lock.held(settings.data_dir):
+        pool = Pool(settings.data_dir)
+        known = pool.file
+        if known is None and arguments.file is None and space.shares_blocks(settings.data_dir):
+            _say(f"no pool is needed: files in {settings.data_dir} share their blocks already")
+            return 0
+        file, size_bytes = pool.init(arguments.file, None if arguments.size_gb is None else int(arguments.size_gb * (1 << 30)))
+    made = "made" if known is None else "there already"
+    _say(f"{file} is {made}: an XFS of {size_bytes / (1 << 30):.0f} GiB that takes what is written to it; `pandastack up` uses it")
+    if (free := space.free_bytes(file.parent)) < size_bytes and known is None:
+        _say(f"only {free / (1 << 30):.0f} GiB are free where it lies, which is all that it can hold now")
+    sys.stdout.write(f"{file}\n")
+    return 0
+
+
+def _storage_status(settings: HostSettings, as_json: bool) -> int:
+    found = status.look(settings.data_dir, images=settings.cache_dir, captures=settings.captures_dir)
+    sys.stdout.write(found.model_dump_json(indent=2) + "\n" if as_json else status.render(found))
+    return 0 if found.problem is None else 1
 
 
 def _say(text: str) -> None:

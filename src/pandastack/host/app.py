@@ -35,8 +35,10 @@ from pandastack.host.sandboxes import Sandboxes
 from pandastack.host.service import HostService as HostService
 from pandastack.host.settings import HostSettings
 from pandastack.host.states import States
+from pandastack.host.storage import space
 from pandastack.host.storage.disks import Disks
 from pandastack.host.storage.images import Images
+from pandastack.host.storage.pool import Pool
 from pandastack.host.storage.readonly import ReadOnly
 from pandastack.host.storage.snapshots import Snapshots
 from pandastack.wire.ids import HostId
@@ -55,12 +57,17 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
     guest, guest_digest = await asyncio.to_thread(guest_directory, settings.cache_dir / "guest")
     run_dir = settings.run_dir / install
     views = ReadOnly(run_dir / "shared")
+    pool = Pool(settings.data_dir)
+    await asyncio.to_thread(pool.open)
     try:
         runtime, probe = await choose_runtime(settings, install, views.view(guest), keeper, say)
     except BaseException:
-        _leave(run_dir, views, keeper)
+        _leave(run_dir, views, keeper, pool)
         raise
-    disks = Disks(settings.data_dir / "disks", low_water_mib=settings.disk_low_water_mb)
+    root, below = pool.root, pool.below
+    if space.shares_blocks(root) is False:
+        log.warning("files are copied in full: this file system cannot share blocks; see `pandastack storage init`", path=str(root))
+    disks = Disks(root / "disks", low_water_mib=settings.disk_low_water_mb, below=below)
     images = Images(
         settings.cache_dir / "images",
         [shipped_templates(), *([settings.templates_dir] if settings.templates_dir else [])],
@@ -72,10 +79,10 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
     machines = Machines(runtime, disks, state=settings.data_dir / "machines", guest=guest, shared=views.view, blanks=settings.blanks)
     bakery = Bakery(images, machines, root=settings.cache_dir / "states", runtime_key=probe.key, guest_digest=guest_digest)
     admission = Admission(_totals(settings, disks), free_disk_mib=disks.free_mib)
-    snapshots = Snapshots(settings.data_dir / "snapshots", low_water_mib=settings.disk_low_water_mb)
+    snapshots = Snapshots(root / "snapshots", low_water_mib=settings.disk_low_water_mb, below=below)
     registry = Registry(Ledger(settings.data_dir / "ledger"), machines, admission)
     states = States(registry, snapshots, runtime_key=probe.key)
-    forks = Forks(states, settings.captures_dir or settings.data_dir / "captures")
+    forks = Forks(states, settings.captures_dir or root / "captures")
     await asyncio.to_thread(forks.open)
     sandboxes = Sandboxes(registry, states, bakery, slots=settings.slots)
     await recover(registry, snapshots)
@@ -98,13 +105,14 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
         if sandboxes.machine_ids():
             keeper.close()
         else:
-            _leave(run_dir, views, keeper)
+            _leave(run_dir, views, keeper, pool)
 
 
-def _leave(run_dir: Path, views: ReadOnly, keeper: Keeper) -> None:
+def _leave(run_dir: Path, views: ReadOnly, keeper: Keeper, pool: Pool) -> None:
     """Remove what a host without sandboxes needs no more. The keeper ends by itself, and removes its socket."""
     views.withdraw()
     keeper.close()
+    pool.close()
     for directory in (run_dir / "gv", run_dir):
         with contextlib.suppress(OSError):
             directory.rmdir()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import os
 import platform
 import resource
@@ -24,14 +23,14 @@ from pydantic import BaseModel, ConfigDict
 
 from pandastack.errors import HostUnfit
 from pandastack.host.runtimes import cgroups
-from pandastack.host.storage import mirrors
+from pandastack.host.storage import mirrors, space
 from pandastack.host.storage.disks import Disks
+from pandastack.host.storage.pool import Pool
 from pandastack.host.storage.recipes import Distribution
 
 OLDEST_LINUX = (5, 8)  # LOOP_CONFIGURE; pidfds are of 5.3.
 OLDEST_PYTHON = (3, 11)
 _DISK_MIB = 16
-_FICLONE = 0x40049409
 _PROGRAM_TIMEOUT_S = 30.0
 # What runsc, mounts, loop devices and template builds need of root; containers often run without some of them.
 _CAPABILITIES = {0: "CHOWN", 1: "DAC_OVERRIDE", 6: "SETGID", 7: "SETUID", 18: "SYS_CHROOT", 19: "SYS_PTRACE", 21: "SYS_ADMIN", 27: "MKNOD"}
@@ -150,17 +149,28 @@ def disk_space(data_dir: Path, low_water_mib: int) -> Check:
 
 
 def reflink(data_dir: Path) -> Check:
-    with beside(data_dir) as directory:
-        (directory / "source").write_bytes(bytes(65536))
-        with (directory / "source").open("rb") as source, (directory / "copy").open("wb") as copy:
-            try:
-                fcntl.ioctl(copy.fileno(), _FICLONE, source.fileno())
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS):
-                    raise
-                detail = f"the file system of {data_dir} cannot share blocks, so disk images are copied (only the parts in use)"
-                return unsure("reflink", detail, hint="not needed; XFS or btrfs for the data directory makes copies cheaper")
-    return passed("reflink", f"files below {data_dir} can share their blocks")
+    """Whether copies share blocks where sandboxes' data is: in the storage pool, if there is one."""
+    pool = Pool(data_dir)
+    if problem := pool.problem():
+        return failed("reflink", f"the storage pool cannot be used: {problem}", hint="bring the file back: the data is in no other place")
+    if pool.file is not None and not pool.mounted:
+        return unsure("reflink", f"not tried: the storage pool {pool.file} is mounted when the server starts")
+    place = pool.root if pool.file is not None else data_dir
+    with beside(place) as directory:
+        shares = space.shares_blocks(directory)
+    if shares:
+        return passed("reflink", f"files below {place} can share their blocks")
+    if shares is None:
+        return unsure("reflink", f"not tried: no file can be written below {place}", hint="free some space")
+    detail = f"the file system of {data_dir} cannot share blocks, so disk images are copied (only the parts in use)"
+    return unsure("reflink", detail, hint="not needed; `pandastack storage init` makes a pool in which copies are cheaper")
+
+
+def pool_tools() -> Check:
+    """What `storage init` takes."""
+    if not _which("mkfs.xfs"):
+        return unsure("pool tools", "mkfs.xfs is missing, so no storage pool can be made", hint="apt-get install xfsprogs, if you want one")
+    return passed("pool tools", "mkfs.xfs is there: `pandastack storage init` can make a storage pool")
 
 
 def memory(meminfo: str | None = None) -> Check:

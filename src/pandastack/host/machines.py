@@ -23,6 +23,7 @@ from pandastack.host.guest import Guest
 from pandastack.host.runtimes.base import Limits, Machine, MachineId, MachineSpec, Runtime
 from pandastack.host.slots import Refills, Slots
 from pandastack.host.storage.disks import Disks
+from pandastack.host.storage.space import Space
 
 RESTORE_TIMEOUT_S = 300.0  # A large state on a slow disk takes minutes.
 CONNECT_TIMEOUT_S = 10.0
@@ -206,6 +207,10 @@ class Machines:
         finally:
             await self._disks.delete(machine.spec.id)
             await asyncio.to_thread(shutil.rmtree, machine.spec.state, True)
+
+    def disk_space(self, machine: Machine) -> Space:
+        """What its disk takes of the host. Blocks briefly."""
+        return self._disks.space(machine.spec.id)
 
     async def sweep(self, keep: Collection[MachineId]) -> int:
         """Remove what machines other than `keep` left behind in this install; returns how many."""

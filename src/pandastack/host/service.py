@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from pandastack.errors import PandastackError
-from pandastack.host import files, processes
+from pandastack.host import files, processes, usage
 from pandastack.host.bakery import Bakery
 from pandastack.host.forks import Forks
 from pandastack.host.runtimes.base import Probe
@@ -33,6 +33,7 @@ from pandastack.wire.ids import HostId, ProcessId, SandboxId, SnapshotId
 from pandastack.wire.processes import ExecRequest, ProcessStart, ProcessView, PtySize, SignalRequest
 from pandastack.wire.sandboxes import SandboxMetrics
 from pandastack.wire.templates import BakeProgress
+from pandastack.wire.usage import SandboxUsage, StateUsage
 
 Items = AsyncGenerator[ProcessView | Output | ProcessExit, None]
 _CPU_SAMPLE_S = 0.1
@@ -103,18 +104,21 @@ class HostService:
         machine = self.sandboxes.machine(sandbox)
         before, began = await machine.usage(), time.monotonic()
         await asyncio.sleep(_CPU_SAMPLE_S)
-        usage = await machine.usage()
-        share = (usage.cpu_s - before.cpu_s) / max(time.monotonic() - began, 1e-6)
+        now = await machine.usage()
+        share = (now.cpu_s - before.cpu_s) / max(time.monotonic() - began, 1e-6)
         return SandboxMetrics(
-            pid=usage.pid,
-            uptime_seconds=round(usage.uptime_s, 3),
-            host_cpu_seconds=round(usage.cpu_s, 3),
+            pid=now.pid,
+            uptime_seconds=round(now.uptime_s, 3),
+            host_cpu_seconds=round(now.cpu_s, 3),
             host_cpu_percent=round(100 * share, 1),
-            host_rss_bytes=usage.resident_bytes,
-            host_vsz_bytes=usage.virtual_bytes,
-            threads=usage.threads,
+            host_rss_bytes=now.resident_bytes,
+            host_vsz_bytes=now.virtual_bytes,
+            threads=now.threads,
             memory_limit_bytes=sandbox.entry.memory_mb << 20,
         )
+
+    async def usage(self, sandbox_id: SandboxId) -> SandboxUsage:
+        return await usage.of_sandbox(self._registry, self._states.snapshots, self._registry.get(sandbox_id))
 
     # State
 
@@ -147,6 +151,9 @@ class HostService:
 
     async def list_snapshots(self) -> builtins.list[HostSnapshot]:
         return self._states.list_snapshots()
+
+    async def snapshot_usage(self, snapshot_id: SnapshotId) -> StateUsage:
+        return await usage.of_snapshot(self._states.snapshots, snapshot_id)
 
     async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         await self._states.delete_snapshot(snapshot_id)

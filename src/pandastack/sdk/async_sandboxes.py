@@ -11,6 +11,7 @@ from pandastack import errors
 from pandastack.sdk.calls import forks as fork_calls
 from pandastack.sdk.calls import processes as process_calls
 from pandastack.sdk.calls import sandboxes as calls
+from pandastack.sdk.calls import usage as usage_calls
 from pandastack.sdk.calls.processes import Cmd, Stdin
 from pandastack.sdk.facts import DEFAULT_TEMPLATE
 from pandastack.sdk.files import AsyncFilesystem
@@ -21,6 +22,7 @@ from pandastack.sdk.states import AsyncStates
 from pandastack.sdk.streams import AsyncOutputStream
 from pandastack.wire.processes import ExecRequest
 from pandastack.wire.sandboxes import SandboxMetrics, SandboxView
+from pandastack.wire.usage import SandboxUsage
 
 if TYPE_CHECKING:
     from pandastack.sdk.client import AsyncClient, CancelEvent
@@ -219,6 +221,10 @@ class AsyncSandbox(AsyncStates):
     async def metrics(self) -> SandboxMetrics:
         """What the sandbox costs its host: bytes and seconds."""
         return await self._client._call(calls.metrics(self.id))
+
+    async def usage(self) -> SandboxUsage:
+        """Bytes of memory and disk, its own and shared; wakes nothing."""
+        return await self._client._call(usage_calls.of_sandbox(self.id))
 
     async def __aenter__(self) -> Self:
         return self

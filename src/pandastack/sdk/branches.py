@@ -27,6 +27,7 @@ MAX_FILES = 200
 FILES_TIMEOUT_S = 10.0
 MARKER = "/tmp/.pandastack-explore-marker"  # noqa: S108 - a path in the sandbox, which belongs to one user
 ROOTS = "/app /work /root /home"
+METADATA = {"explore": "1"}
 
 
 @dataclass(slots=True)
@@ -135,10 +136,6 @@ def planned(candidates: Sequence[Candidate | str], select: Select, max_concurren
     if max_concurrency is not None and max_concurrency < 1:
         raise ExploreError("explore: max_concurrency must be 1 or more")
     return plan
-
-
-def metadata_of(ttl_seconds: int) -> dict[str, str]:
-    return {"explore": "1", "explore_ttl": str(int(ttl_seconds))}
 
 
 def missing(plan: Sequence[Candidate], children: Sequence[Facts]) -> list[str]:

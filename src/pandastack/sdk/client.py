@@ -20,6 +20,7 @@ from pandastack.sdk import transport as transports
 from pandastack.sdk.async_sandboxes import AsyncSandboxes
 from pandastack.sdk.calls import call as calls
 from pandastack.sdk.calls import tokens as token_calls
+from pandastack.sdk.calls import usage as usage_calls
 from pandastack.sdk.calls.call import Answer, Call, Request
 from pandastack.sdk.results import Me
 from pandastack.sdk.retry import CreateRetryEvent
@@ -27,6 +28,7 @@ from pandastack.sdk.sandboxes import Sandboxes
 from pandastack.sdk.snapshots import AsyncSnapshots, Snapshots
 from pandastack.sdk.templates import AsyncTemplates, Templates
 from pandastack.sdk.tokens import AsyncTokens, Tokens
+from pandastack.wire.usage import WorkspaceUsage
 
 T = TypeVar("T")
 OnCreateRetry = Callable[[CreateRetryEvent], None]
@@ -148,6 +150,10 @@ class Client(_Base):
         """Who the key belongs to."""
         return self._call(token_calls.me())
 
+    def usage(self) -> WorkspaceUsage:
+        """What the key's workspace has and stores, and what its quotas leave."""
+        return self._call(usage_calls.of_workspace())
+
     def close(self) -> None:
         """Close every connection. The client may be used again and then opens new ones."""
         with self._lock:
@@ -240,6 +246,10 @@ class AsyncClient(_Base):
     async def me(self) -> Me:
         """Who the key belongs to."""
         return await self._call(token_calls.me())
+
+    async def usage(self) -> WorkspaceUsage:
+        """What the key's workspace has and stores, and what its quotas leave."""
+        return await self._call(usage_calls.of_workspace())
 
     async def close(self) -> None:
         """Close every connection. The client may be used again and then opens new ones."""

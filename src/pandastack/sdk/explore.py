@@ -52,7 +52,7 @@ def explore(
     Raises ExploreError when none may win; then, and after any other exception, every copy is deleted.
     """
     plan = branches.planned(candidates, select, max_concurrency)
-    with strays.forked(sandbox, len(plan), branches.metadata_of(ttl_seconds)) as children:
+    with strays.forked(sandbox, len(plan), branches.METADATA) as children:
         run = _Branches(sandbox._client, score_fn, capture_files, ttl_seconds, on_outcome)
         run.remarks += branches.missing(plan, children)
         outcomes = run.all(children, plan, max_concurrency or branches.AT_ONCE)
@@ -170,7 +170,7 @@ async def async_explore(
 ) -> ExploreResult[AsyncSandbox]:
     """`explore` for asyncio. `fn` and `score_fn` may be coroutine functions; `on_outcome` is called in the event loop."""
     plan = branches.planned(candidates, select, max_concurrency)
-    async with strays.async_forked(sandbox, len(plan), branches.metadata_of(ttl_seconds)) as children:
+    async with strays.async_forked(sandbox, len(plan), branches.METADATA) as children:
         run = _AsyncBranches(sandbox._client, score_fn, capture_files, ttl_seconds, on_outcome)
         run.remarks += branches.missing(plan, children)
         outcomes = await run.all(children, plan, max_concurrency or branches.AT_ONCE)

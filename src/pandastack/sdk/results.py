@@ -13,6 +13,7 @@ from pandastack.wire.sandboxes import SandboxMetrics
 from pandastack.wire.snapshots import SnapshotView
 from pandastack.wire.templates import BakeProgress
 from pandastack.wire.templates import TemplateView as Template
+from pandastack.wire.usage import Quota, SandboxUsage, WorkspaceUsage
 
 __all__ = [
     "BakeProgress",
@@ -25,10 +26,13 @@ __all__ = [
     "OutputEvent",
     "OutputSlice",
     "Promoted",
+    "Quota",
     "SandboxMetrics",
+    "SandboxUsage",
     "Snapshot",
     "Template",
     "Token",
+    "WorkspaceUsage",
 ]
 
 Channel = Literal["stdout", "stderr"]
@@ -194,7 +198,8 @@ class Snapshot(Mapping[str, Any]):
     """The memory and the files of a sandbox at one moment; `create(from_snapshot=snapshot.id)` continues from there.
 
     `status` is `durable` (its bytes are on disk), `verified` (a restore of it was tried and worked) or `failed` (it was
-    tried and did not, `status_reason` says why). The facts can also be read as those of a dict: `snapshot["id"]`.
+    tried and did not, `status_reason` says why). Of its `size_bytes` on disk a delete would free `own_bytes`; both parts are None
+    in lists. The facts can also be read as those of a dict: `snapshot["id"]`.
     """
 
     id: str
@@ -204,6 +209,8 @@ class Snapshot(Mapping[str, Any]):
     status: str = "durable"
     status_reason: str | None = None
     size_bytes: int = 0
+    own_bytes: int | None = None
+    shared_bytes: int | None = None
     created_at: str | None = None
     cpu: float | int | None = None
     memory_mb: int | None = None

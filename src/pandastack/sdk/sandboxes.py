@@ -10,6 +10,7 @@ from pandastack import errors
 from pandastack.sdk.calls import forks as fork_calls
 from pandastack.sdk.calls import processes as process_calls
 from pandastack.sdk.calls import sandboxes as calls
+from pandastack.sdk.calls import usage as usage_calls
 from pandastack.sdk.calls.processes import Cmd, Stdin
 from pandastack.sdk.facts import DEFAULT_TEMPLATE
 from pandastack.sdk.files import Filesystem
@@ -19,6 +20,7 @@ from pandastack.sdk.states import States
 from pandastack.sdk.streams import OutputStream
 from pandastack.wire.processes import ExecRequest
 from pandastack.wire.sandboxes import SandboxMetrics, SandboxView
+from pandastack.wire.usage import SandboxUsage
 
 if TYPE_CHECKING:
     from pandastack.sdk.client import CancelEvent, Client
@@ -197,6 +199,10 @@ class Sandbox(States):
     def metrics(self) -> SandboxMetrics:
         """What the sandbox costs its host: bytes and seconds."""
         return self._client._call(calls.metrics(self.id))
+
+    def usage(self) -> SandboxUsage:
+        """Bytes of memory and disk, its own and shared; wakes nothing."""
+        return self._client._call(usage_calls.of_sandbox(self.id))
 
     def __enter__(self) -> Self:
         return self

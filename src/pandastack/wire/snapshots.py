@@ -20,7 +20,9 @@ Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_META
 
 
 class SnapshotView(View):
-    """A snapshot. `size_bytes` is what it takes on disk; `mem_path` and `state_path` are kept, empty, for existing clients."""
+    """A snapshot. `size_bytes` is what it takes on disk: `own_bytes`, which a delete would free, and `shared_bytes`, which others
+    use too. The two are told for one snapshot and null in lists. `mem_path` and `state_path` are kept, empty, for existing clients.
+    """
 
     id: str
     sandbox_id: str
@@ -30,6 +32,8 @@ class SnapshotView(View):
     status: str = "durable"
     status_reason: str | None = None
     size_bytes: int = 0
+    own_bytes: int | None = None
+    shared_bytes: int | None = None
     created_at: str | int | None = None
     cpu: float | int | None = None
     memory_mb: int | None = None

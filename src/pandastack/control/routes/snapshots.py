@@ -19,7 +19,8 @@ Here = Annotated[Parts, Depends(parts)]
 @router.post("/sandboxes/{sandbox_id}/snapshots", status_code=201, response_model=SnapshotView, operation_id="createSnapshot")
 async def create(here: Here, caller: Writer, sandbox_id: str) -> Response:
     """Durable when answered; the sandbox goes on as it was. A restore is then tried, and the snapshot is `verified` or `failed`."""
-    return answers.json(view(await here.snapshots.capture(caller, sandbox_id)), 201)
+    row = await here.snapshots.capture(caller, sandbox_id)
+    return answers.json(view(row, await here.usages.of_snapshot(row)), 201)
 
 
 @router.get("/snapshots", response_model=SnapshotList, operation_id="listSnapshots")
@@ -31,7 +32,8 @@ async def list_all(here: Here, caller: Reader, sandbox_id: Annotated[str | None,
 
 @router.get("/snapshots/{snapshot_id}", response_model=SnapshotView, operation_id="getSnapshot")
 async def get(here: Here, caller: Reader, snapshot_id: str) -> Response:
-    return answers.json(view(await here.snapshots.get(caller, snapshot_id)))
+    row = await here.snapshots.get(caller, snapshot_id)
+    return answers.json(view(row, await here.usages.of_snapshot(row)))
 
 
 @router.delete("/snapshots/{snapshot_id}", status_code=204, operation_id="deleteSnapshot")

@@ -7,7 +7,7 @@ crash leaves a key that names nothing, a sandbox whose key is free, or some chil
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,19 @@ class Creates:
         return None if row.response_status is not None and row.created_us < newer_than_us else row
 
     async def begin(
-        self, tenant: TenantId, rows: Sequence[SandboxRow], *, key: str | None, request_hash: bytes, expire_before_us: int
+        self,
+        tenant: TenantId,
+        rows: Sequence[SandboxRow],
+        *,
+        key: str | None,
+        request_hash: bytes,
+        expire_before_us: int,
+        admit: Callable[[int, int], None] = lambda _used, _more: None,
     ) -> bool:
-        """Write the intent for all `rows`, durable before any side effect. False where the key is taken (look it up again)."""
+        """Write the intent for all `rows`, durable before any side effect. False where the key is taken (look it up again).
+
+        `admit` gets how many sandboxes the tenant has and how many come; if it raises, nothing is written.
+        """
         try:
             async with self._database.write() as connection:
                 if key is not None:
@@ -71,6 +81,8 @@ class Creates:
                     await connection.execute(_table.insert().values(**values))
                     links = [{"sandbox_id": row.id, "tenant_id": tenant, "key": key} for row in rows]
                     await connection.execute(_made.insert(), links)
+                # After the key: a repetition is answered, also where there is no room for another one.
+                admit(await self._sandboxes.count_with(connection, tenant), len(rows))
                 for row in rows:
                     await self._sandboxes.insert_with(connection, tenant, row)
         except IntegrityError:

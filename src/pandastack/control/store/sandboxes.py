@@ -165,6 +165,16 @@ class Sandboxes:
             own = _table.c.tenant_id == tenant
             return await self._change(connection, sandbox_id, own, ("creating", *USABLE, "failed", "deleting"), status="deleting")
 
+    async def count(self, tenant: TenantId) -> int:
+        """How many there are, or are being made; those that failed or are going away do not count."""
+        async with self._database.read() as connection:
+            return await self.count_with(connection, tenant)
+
+    async def count_with(self, connection: AsyncConnection, tenant: TenantId) -> int:
+        """The same inside a transaction of another noun."""
+        query = select(func.count()).where(_table.c.tenant_id == tenant, _table.c.status.in_(("creating", *USABLE)))
+        return int((await connection.execute(query)).scalar_one())
+
     # Every tenant's: for the loops
 
     async def find_of_any_tenant(self, sandbox_id: SandboxId) -> SandboxRow | None:

@@ -11,11 +11,12 @@ shown in lists: the one is not a snapshot yet, the other is none any more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, delete, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, func, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pandastack.control.store import tables
 from pandastack.control.store.database import Database
@@ -28,7 +29,7 @@ _table = tables.snapshots
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotRow:
-    """Sizes in MiB, except `size_bytes`; times in microseconds since 1970."""
+    """Sizes in MiB, except `size_bytes`, which is a guess while it is being captured; times in microseconds since 1970."""
 
     id: SnapshotId
     tenant_id: TenantId
@@ -64,11 +65,17 @@ class Snapshots:
             query = query.where(_table.c.sandbox_id == sandbox_id)
         return await self._all(query.order_by(_table.c.created_us.desc(), _table.c.id.desc()))
 
-    async def insert(self, tenant: TenantId, row: SnapshotRow) -> None:
-        """Write the intent, durable before any side effect."""
+    async def totals(self, tenant: TenantId) -> tuple[int, int]:
+        """How many there are, or are being made, and what they take on disk, in bytes."""
+        async with self._database.read() as connection:
+            return await self._totals(connection, tenant)
+
+    async def insert(self, tenant: TenantId, row: SnapshotRow, admit: Callable[[int, int], None] = lambda _used, _bytes: None) -> None:
+        """Write the intent, durable before any side effect. `admit` gets the `totals` of before; if it raises, nothing is written."""
         if row.tenant_id != tenant:
             raise ValueError("a snapshot belongs to the tenant that made it")
         async with self._database.write() as connection:
+            admit(*await self._totals(connection, tenant))
             await connection.execute(_table.insert().values(**vars(row)))
 
     async def complete(self, tenant: TenantId, snapshot_id: SnapshotId, facts: dict[str, Any]) -> bool:
@@ -104,6 +111,11 @@ class Snapshots:
             return set((await connection.execute(select(_table.c.id))).scalars())
 
     # Inside
+
+    async def _totals(self, connection: AsyncConnection, tenant: TenantId) -> tuple[int, int]:
+        kept = and_(_table.c.tenant_id == tenant, _table.c.status.in_(("capturing", *LISTED)))
+        found = (await connection.execute(select(func.count(), func.coalesce(func.sum(_table.c.size_bytes), 0)).where(kept))).one()
+        return int(found[0]), int(found[1])
 
     async def _change(self, snapshot_id: SnapshotId, statuses: Sequence[str], *conditions: ColumnElement[bool], **values: Any) -> bool:
         where = and_(_table.c.id == snapshot_id, _table.c.status.in_(statuses), *conditions)

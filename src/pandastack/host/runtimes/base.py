@@ -80,6 +80,14 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a machine has in memory: its own, and what others may have mapped too."""
+
+    own_bytes: int = 0
+    shared_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Probe:
     """Whether a runtime works on this machine, found out by using it. `key` changes when old states do not restore any more."""
 
@@ -131,6 +139,10 @@ class Machine(Protocol):
 
     def memory_share(self) -> float:
         """How much of its memory limit it needs now, 0 to 1: at 1 it is ended. Costs microseconds."""
+        ...
+
+    async def memory(self) -> Memory:
+        """Takes longer than `usage`, and tells own memory from shared. Thaws nothing."""
         ...
 
     async def ended(self) -> EndReason:

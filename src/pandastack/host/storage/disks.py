@@ -2,43 +2,36 @@
 
 The size is enforced by the file system itself, so a full disk is an ordinary "no space left" inside and nothing outside.
 Blocks are used when written and given back when freed (discard). An empty image is made once per size and
-then copied, which costs a few milliseconds instead of a mkfs. Called by the conductor; runs as root.
+then cloned, which costs a few milliseconds instead of a mkfs. Called by the conductor; runs as root.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
-import fcntl
 import os
-import struct
 import subprocess
 import tempfile
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from pandastack.errors import DiskFull, HostUnfit, RuntimeFailed
+from pandastack.host.storage import loops, space
 
 MKFS_TIMEOUT_S = 60.0
 _SBIN_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
-# From linux/loop.h and sys/mount.h.
-_LOOP_CTL_GET_FREE = 0x4C82
-_LOOP_CONFIGURE = 0x4C0A
-_LO_FLAGS_AUTOCLEAR = 4
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME = 2, 4, 8, 1024
-_MNT_DETACH = 2
-_FICLONE = 0x40049409
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Disks:
-    """Disks under `root`: `<id>.img` and the mounted directory `<id>/`. `low_water_mib` stays free on the host."""
+    """Disks under `root`: `<id>.img` and the mounted directory `<id>/`. `low_water_mib` stays free on its file system, and on
+    that of `below`: the folder of the file that `root` is in, where it is in a pool.
+    """
 
-    def __init__(self, root: Path, *, low_water_mib: int = 1024) -> None:
+    def __init__(self, root: Path, *, low_water_mib: int = 1024, below: Path | None = None) -> None:
         self._root = root
+        self._below = below
         self._empty = root / "empty"
         self._low_water_mib = low_water_mib
         self._making: dict[int, asyncio.Lock] = {}
@@ -46,8 +39,7 @@ class Disks:
     def free_mib(self) -> int:
         """What the host's file system still has, less the low-water reserve; never negative."""
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = os.statvfs(self._root)
-        return max(0, (status.f_bavail * status.f_frsize >> 20) - self._low_water_mib)
+        return max(0, (space.free_bytes(self._root, self._below) >> 20) - self._low_water_mib)
 
     def path(self, disk: str) -> Path:
         """Where a disk is mounted, made or not."""
@@ -73,6 +65,12 @@ class Disks:
             await asyncio.wait([making])
             await self.delete(disk)
             raise
+
+    def space(self, disk: str) -> space.Space:
+        """What a disk takes of the host, also what the kernel did not write yet. One that does not exist takes nothing. Blocks briefly."""
+        image = space.of(self._root / f"{disk}.img")
+        written = space.used_bytes(self._root / disk) if (self._root / disk).is_mount() else 0
+        return replace(image, own_bytes=max(image.own_bytes, written - image.shared_bytes))
 
     async def delete(self, disk: str) -> None:
         """Unmount and remove. Idempotent."""
@@ -109,9 +107,9 @@ class Disks:
     def _create(self, disk: str, empty: Path) -> Path:
         image, directory = self._root / f"{disk}.img", self._root / disk
         try:
-            _copy_sparse(empty, image)
+            space.clone(empty, image)
             directory.mkdir(mode=0o700)
-            _mount_loop(image, directory)
+            loops.mount(image, directory, "ext4", "discard")
             with contextlib.suppress(OSError):
                 (directory / "lost+found").rmdir()
         except BaseException as error:
@@ -123,8 +121,7 @@ class Disks:
 
     def _delete(self, disk: str) -> None:
         image, directory = self._root / f"{disk}.img", self._root / disk
-        while _libc.umount2(os.fsencode(directory), _MNT_DETACH) == 0:
-            pass  # Once per mount; the loop device frees itself with the last of them.
+        loops.unmount_all(directory)
         with contextlib.suppress(FileNotFoundError):
             directory.rmdir()
         image.unlink(missing_ok=True)
@@ -138,82 +135,6 @@ class Disks:
         for disk in gone:
             self._delete(disk)
         return gone
-
-
-def _copy_sparse(source: Path, target: Path) -> None:
-    """Share the blocks where the file system can, else copy only the parts that hold data."""
-    read_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        write_fd = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        try:
-            with contextlib.suppress(OSError):
-                fcntl.ioctl(write_fd, _FICLONE, read_fd)
-                return
-            size = os.fstat(read_fd).st_size
-            os.truncate(write_fd, size)
-            position = 0
-            while position < size:
-                try:
-                    start = os.lseek(read_fd, position, os.SEEK_DATA)
-                except OSError as error:
-                    if error.errno == errno.ENXIO:
-                        break
-                    raise
-                position = os.lseek(read_fd, start, os.SEEK_HOLE)
-                while start < position:
-                    start += os.copy_file_range(read_fd, write_fd, position - start, start, start)
-        finally:
-            os.close(write_fd)
-    finally:
-        os.close(read_fd)
-
-
-def _mount_loop(image: Path, directory: Path) -> None:
-    fd = os.open(image, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        device, device_fd = _attach(fd)
-        try:
-            # AUTOCLEAR: the device is free again when the mount ends, also when nobody is left to free it.
-            flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | _MS_NOATIME
-            if _libc.mount(os.fsencode(device), os.fsencode(directory), b"ext4", flags, b"discard") != 0:
-                code = ctypes.get_errno()
-                raise OSError(code, os.strerror(code), str(directory))
-        finally:
-            os.close(device_fd)
-    finally:
-        os.close(fd)
-
-
-def _attach(image_fd: int) -> tuple[str, int]:
-    """A free loop device for the file. Another process may take the one we were told of; then ask again."""
-    try:
-        control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise HostUnfit(
-            "this machine has no loop devices, so disk limits cannot be enforced",
-            hint="load the module: modprobe loop (in a container: run it privileged)",
-        ) from error
-    # struct loop_config: fd, block size, then loop_info64 (flags at byte 52 of it), reserved words.
-    info = bytearray(232)
-    struct.pack_into("<I", info, 52, _LO_FLAGS_AUTOCLEAR)
-    config = struct.pack("<II", image_fd, 0) + bytes(info) + bytes(64)
-    try:
-        for _ in range(64):
-            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
-            device = f"/dev/loop{number}"
-            if not Path(device).exists():
-                os.mknod(device, 0o600 | 0o060000, os.makedev(7, number))
-            device_fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.ioctl(device_fd, _LOOP_CONFIGURE, config)
-                return device, device_fd
-            except OSError as error:
-                os.close(device_fd)
-                if error.errno != errno.EBUSY:
-                    raise
-        raise RuntimeFailed("no free loop device could be had")
-    finally:
-        os.close(control)
 
 
 def _as_disk_error(error: BaseException, text: str) -> DiskFull | RuntimeFailed:

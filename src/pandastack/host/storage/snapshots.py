@@ -29,6 +29,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pandastack.errors import DiskFull, SnapshotNotFound, SnapshotUnusable
+from pandastack.host.storage import space
 from pandastack.wire.ids import SandboxId, SnapshotId
 
 log = structlog.get_logger(__name__)
@@ -92,10 +93,11 @@ class Saved(_Shape):
 
 
 class Snapshots:
-    """The states below `root`. `low_water_mib` stays free on its file system."""
+    """The states below `root`. `low_water_mib` stays free on its file system, and on that of `below` as for `disks.Disks`."""
 
-    def __init__(self, root: Path, *, low_water_mib: int = 1024) -> None:
+    def __init__(self, root: Path, *, low_water_mib: int = 1024, below: Path | None = None) -> None:
         self._root = root
+        self._below = below
         self._low_water_mib = low_water_mib
         self._known: dict[SnapshotId, Saved] = {}
 
@@ -127,8 +129,7 @@ class Snapshots:
 
     def require_space(self, bytes_wanted: int) -> None:
         """Refuse a capture that would not fit, before anything is stopped for it. Raises DiskFull."""
-        status = os.statvfs(self._root)
-        free = status.f_bavail * status.f_frsize - (self._low_water_mib << 20)
+        free = space.free_bytes(self._root, self._below) - (self._low_water_mib << 20)
         if bytes_wanted > free:
             raise DiskFull(
                 f"a saved state may need {bytes_wanted >> 20} MiB, but {max(0, free) >> 20} MiB are free above the reserve",
@@ -183,6 +184,11 @@ class Snapshots:
             for name in source.manifest.files:
                 os.link(source.folder / name, folder / name)
             return await self.publish(snapshot_id, kind, source.manifest.origin)
+
+    def space(self, snapshot_id: str) -> space.Space:
+        """What a state takes of the disk; a file that another state has too is shared. Blocks briefly. Raises SnapshotNotFound."""
+        saved = self.get(snapshot_id)
+        return space.of(*(saved.folder / name for name in (*saved.manifest.files, _MANIFEST)))
 
     async def check(self, snapshot_id: str) -> Saved:
         """A state that is exactly what was saved. Raises SnapshotNotFound, SnapshotUnusable with its `reason`."""

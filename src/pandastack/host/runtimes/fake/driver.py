@@ -2,7 +2,7 @@
 
 One thread serves all guests, as if they were processes of their own: they go on when the event loop of the host that made
 them is gone, and the same FakeRuntime handed to a new host lets it adopt them. Steps can be made to fail or to hang by
-name: `prepare`, `prepared`, `start`, `restore`, `restored`, `connect`, `snapshot`, `freeze`, `thaw`, `usage`, `stop`, `adopt`,
+name: `prepare`, `prepared`, `start`, `restore`, `restored`, `connect`, `snapshot`, `freeze`, `thaw`, `usage`, `memory`, `stop`, `adopt`,
 `sweep`, `probe`; in the guest `hello`, each method of the protocol, and `identity` for `machine.identity`.
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from pandastack.errors import GuestError, GuestGone, PandastackError, RuntimeFailed
-from pandastack.host.runtimes.base import Capabilities, Channel, EndReason, MachineId, MachineSpec, Probe, Usage
+from pandastack.host.runtimes.base import Capabilities, Channel, EndReason, MachineId, MachineSpec, Memory, Probe, Usage
 from pandastack.host.runtimes.fake.guest import FakeGuest
 
 _SAVED, _MARK = "state", "fake-machine"
@@ -118,6 +118,10 @@ class FakeMachine:
 
     def memory_share(self) -> float:
         return self.share
+
+    async def memory(self) -> Memory:
+        await self._step("memory")
+        return Memory(own_bytes=1 << 20)
 
     async def ended(self) -> EndReason:
         loop = asyncio.get_running_loop()

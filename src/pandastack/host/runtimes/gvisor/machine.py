@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pandastack.errors import RuntimeFailed
-from pandastack.host.runtimes import cgroups
-from pandastack.host.runtimes.base import Channel, EndReason, MachineSpec, Usage
+from pandastack.host.runtimes import cgroups, memory
+from pandastack.host.runtimes.base import Channel, EndReason, MachineSpec, Memory, Usage
 
 if TYPE_CHECKING:
     from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
@@ -189,6 +189,9 @@ class GvisorMachine:
 
     def memory_share(self) -> float:
         return self._cgroup.needed_bytes() / (self._limit_mib << 20)
+
+    async def memory(self) -> Memory:
+        return await asyncio.to_thread(lambda: memory.of(self._cgroup.pids()))
 
     async def ended(self) -> EndReason:
         loop = asyncio.get_running_loop()
