@@ -221,7 +221,8 @@ class World:
         host = self.build()
         await recover(host.sandboxes.registry, host.sandboxes.states.snapshots)
         pools = (host.sandboxes.slots, host.sandboxes.registry.machines.blanks)
-        tasks = [asyncio.create_task(work) for work in (*(pool.run() for pool in pools), host.sandboxes.freeze_idle())]
+        own = (host.sandboxes.freeze_idle(), host.sandboxes.watch_memory())
+        tasks = [asyncio.create_task(work) for work in (*(pool.run() for pool in pools), *own)]
         if not self.baked:
             async with closing(host.bake("base")) as said:
                 async for _ in said:

@@ -129,6 +129,13 @@ class Bench:
         else:
             os.kill((await machine.usage()).pid, signal.SIGKILL)
 
+    async def use_memory(self, machine: Machine, guest: Guest, size: int) -> None:
+        if isinstance(self.runtime, FakeRuntime):
+            self.runtime.machines[machine.spec.id].share += size / (machine.spec.limits.memory_mib << 20)
+        else:
+            # What has no line feed `tail` keeps whole.
+            await guest.start(ProcessSpec(shell=f"(head -c {size} /dev/zero; sleep 60) | tail"))
+
     def left(self) -> dict[str, list[str]]:
         """What there is of this bench outside its own objects."""
         cgroups = {str(path) for path in Path("/sys/fs/cgroup").glob(f"{self.group}*")}
@@ -460,6 +467,14 @@ async def test_usage_is_of_this_machine_and_only_grows(bench: Bench) -> None:
         after = await machine.usage()
         assert after.cpu_s > before.cpu_s
         assert after.uptime_s > before.uptime_s
+
+
+async def test_memory_share_follows_what_is_used(bench: Bench) -> None:
+    async with bench.started(Limits(cpu=1, memory_mib=256, disk_mib=256)) as (machine, guest):
+        before = machine.memory_share()
+        assert 0 < before < 0.5
+        await bench.use_memory(machine, guest, 128 << 20)
+        await until(lambda: machine.memory_share() > before + 0.3)
 
 
 @pytest.mark.parametrize("reason", ["oom", "exited"])

@@ -374,6 +374,18 @@ class TestUse:
             assert not machine.frozen
             assert (await host.get(request.id)).busy
 
+    async def test_memory_pressure_is_told_once_until_it_is_over(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sandboxes, "LOOK_AT_MEMORY_S", 0.01)
+        async with world.opened() as host:
+            request = wanted()
+            await host.create(request)
+            (machine,) = world.runtime.machines.values()
+            for share, told in ((0.8, 0), (0.9, 1), (0.8, 1), (0.9, 1), (0.5, 1), (0.95, 2)):
+                machine.share = share
+                await asyncio.sleep(0.1)
+                events = await host.events(0, timeout_s=0)
+                assert [(event.kind, event.sandbox_id) for event in events] == [("pressure", request.id)] * told, share
+
     async def test_one_silent_guest_does_not_keep_the_others_warm(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sandboxes, "FREEZE_AFTER_S", 0.05)
         monkeypatch.setattr(sandboxes, "HEALTH_TIMEOUT_S", 1.0)

@@ -25,7 +25,7 @@ from pandastack.errors import (
     TemplateNotFound,
     TemplateNotReady,
 )
-from pandastack.wire.host import HostCreate, HostEvent, HostFork, HostSandbox, HostSnapshot
+from pandastack.wire.host import EventKind, HostCreate, HostEvent, HostFork, HostSandbox, HostSnapshot
 from pandastack.wire.ids import ProcessId, SandboxId, SnapshotId
 from pandastack.wire.templates import TemplateState
 
@@ -370,9 +370,7 @@ class FakeStates:
         reason = "processes run inside" if busy else "since the last work inside ended"
         return found.state.model_copy(update={"busy": busy, "idle_s": idle_s, "idle_reason": reason})
 
-    def _tell(
-        self, kind: Literal["failed", "adopted", "gone", "running", "paused", "hibernated"], sandbox_id: SandboxId, reason: str | None
-    ) -> None:
+    def _tell(self, kind: EventKind, sandbox_id: SandboxId, reason: str | None) -> None:
         self._events.append(HostEvent(seq=len(self._events) + 1, kind=kind, sandbox_id=sandbox_id, reason=reason))
         news, self._news = self._news, asyncio.Event()
         news.set()

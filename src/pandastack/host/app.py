@@ -92,6 +92,7 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
         asyncio.create_task(sandboxes.slots.run(), name="refill slots"),
         asyncio.create_task(machines.blanks.run(), name="refill blank machines"),
         asyncio.create_task(sandboxes.freeze_idle(), name="freeze idle sandboxes"),
+        asyncio.create_task(sandboxes.watch_memory(), name="watch memory of sandboxes"),
     ]
     try:
         yield service

@@ -130,7 +130,7 @@ class Keeper:
             return self._call_locked(request, fds)
 
     def _call_locked(self, request: dict[str, str], fds: list[int]) -> tuple[dict[str, list[str]], list[int]]:
-        for attempt in (1, 2):
+        for attempt in (1, 2, 3):
             connection = self._connect()
             try:
                 socket.send_fds(connection, [json.dumps(request).encode()], fds)
@@ -138,10 +138,12 @@ class Keeper:
                 if not data:
                     raise ConnectionResetError("the descriptor keeper has ended")
                 return json.loads(data), list(received)
-            except OSError:
+            except OSError as error:
                 self.close()
-                if attempt == 2:
+                if attempt == 3 or isinstance(error, TimeoutError):
                     raise
+                # One that is just dying may still accept a connection.
+                time.sleep(0.01)
         raise AssertionError("unreachable")
 
     def _connect(self) -> socket.socket:

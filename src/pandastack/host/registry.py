@@ -11,7 +11,6 @@ import builtins
 import contextlib
 import os
 from collections import deque
-from typing import Literal
 
 import structlog
 
@@ -22,14 +21,12 @@ from pandastack.host.ledger import Ledger
 from pandastack.host.machines import CONNECT_TIMEOUT_S, Machines, Ready
 from pandastack.host.runtimes.base import Machine
 from pandastack.host.sandbox import Sandbox, not_running
-from pandastack.wire.host import HostEvent, HostSandbox
+from pandastack.wire.host import EventKind, HostEvent, HostSandbox
 from pandastack.wire.ids import SandboxId
 
 log = structlog.get_logger(__name__)
 
 _EVENTS_KEPT = 10_000
-
-EventKind = Literal["failed", "adopted", "gone", "running", "paused", "hibernated"]
 
 
 class Registry:

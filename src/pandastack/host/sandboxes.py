@@ -45,6 +45,8 @@ log = structlog.get_logger(__name__)
 TEMPLATE_PATIENCE_S = 20.0
 FREEZE_AFTER_S = 2.0
 LOOK_AT_WORK_S = 15.0
+LOOK_AT_MEMORY_S = 0.5
+PRESSURE_SHARE, RELIEF_SHARE = 0.85, 0.75  # Of the memory limit: when pressure is told, and when it is over.
 HEALTH_TIMEOUT_S = 15.0
 CLOSE_PATIENCE_S = 30.0
 SILENCES_FORGIVEN = 1  # A machine may be so busy that a daemon is late once.
@@ -282,6 +284,19 @@ class Sandboxes:
                     if self._may_look(sandbox) and sandbox.id not in looking:
                         looking.add(sandbox.id)
                         looks.create_task(look(sandbox), name=f"look at {sandbox.id}")
+
+    async def watch_memory(self) -> None:
+        """Tell when a sandbox is about to use more memory than it may, while there is time to save it. Runs for ever; owned as above."""
+        while True:
+            await asyncio.sleep(LOOK_AT_MEMORY_S)
+            for sandbox in self.registry.list():
+                if sandbox.status == "running" and not sandbox.frozen and sandbox.machine is not None:
+                    share = sandbox.machine.memory_share()
+                    if not sandbox.pressed and share > PRESSURE_SHARE:
+                        sandbox.pressed = True
+                        self.registry.tell("pressure", sandbox.id)
+                    elif share < RELIEF_SHARE:
+                        sandbox.pressed = False
 
     async def _try_to_freeze(self, sandbox: Sandbox) -> None:
         try:

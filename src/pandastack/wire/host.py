@@ -128,11 +128,17 @@ class HostInfo(Record):
     slots_wanted: int = 0
 
 
+EventKind = Literal["failed", "adopted", "gone", "running", "paused", "hibernated", "pressure"]
+
+
 class HostEvent(Record):
-    """Something that control must know though it did not ask for it: a sandbox failed, was found again, is gone, changed its status."""
+    """Something that control must know though it did not ask for it: a sandbox failed, was found again, is gone, changed its status.
+
+    `pressure`: it needs nearly all of its memory, and will be ended if it needs more.
+    """
 
     seq: int
-    kind: Literal["failed", "adopted", "gone", "running", "paused", "hibernated"]
+    kind: EventKind
     sandbox_id: SandboxId
     reason: str | None = None
 

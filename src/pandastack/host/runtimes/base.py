@@ -137,6 +137,10 @@ class Machine(Protocol):
 
     async def usage(self) -> Usage: ...
 
+    def memory_share(self) -> float:
+        """How much of its memory limit it needs now, 0 to 1: at 1 it is ended. Costs microseconds."""
+        ...
+
     async def memory(self) -> Memory:
         """Takes longer than `usage`, and tells own memory from shared. Thaws nothing."""
         ...

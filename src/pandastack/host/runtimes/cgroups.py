@@ -142,6 +142,12 @@ class MachineCgroup:
         name = "memory.current" if self._hierarchy.version == 2 else "memory.usage_in_bytes"
         return int(_read(self._dir("memory") / name) or 0)
 
+    def needed_bytes(self) -> int:
+        """The memory that the kernel cannot take back: all but the cache of files."""
+        stat = _keyed(self._dir("memory") / "memory.stat")
+        prefix = "" if self._hierarchy.version == 2 else "total_"
+        return max(0, self.memory_bytes() - stat.get(f"{prefix}inactive_file", 0) - stat.get(f"{prefix}active_file", 0))
+
     def pids(self) -> list[int]:
         found = {int(pid) for pid in _read(self._dir("memory") / "cgroup.procs").split()}
         if self._hierarchy.version == 1:

@@ -51,6 +51,7 @@ class FakeMachine:
     def __init__(self, runtime: FakeRuntime, spec: MachineSpec) -> None:
         self.spec = spec
         self.frozen = False
+        self.share = 0.01
         self.guest: FakeGuest | None = None
         self._runtime = runtime
         self._pid = next(_pids)
@@ -114,6 +115,9 @@ class FakeMachine:
         cpu_s = self.guest.cpu_s if self.guest else 0.0
         sizes = {"memory_bytes": 1 << 20, "resident_bytes": 1 << 20, "virtual_bytes": 2 << 20}
         return Usage(pid=self._pid, cpu_s=cpu_s, threads=1, uptime_s=time.monotonic() - self._born, **sizes)
+
+    def memory_share(self) -> float:
+        return self.share
 
     async def memory(self) -> Memory:
         await self._step("memory")

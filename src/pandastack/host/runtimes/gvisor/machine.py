@@ -41,6 +41,10 @@ class GvisorMachine:
         self._control = runtime.control(spec)
         self._born = time.monotonic()
 
+    @property
+    def _limit_mib(self) -> int:
+        return self.spec.limits.memory_mib + OVERHEAD_MIB
+
     # Blocking parts, run in worker threads.
 
     def created(self) -> None:
@@ -59,7 +63,7 @@ class GvisorMachine:
             "boot_id": _boot_id(),
         }
         (self.spec.state / "machine.json").write_text(json.dumps(record))
-        self._cgroup.set_memory(self.spec.limits.memory_mib + OVERHEAD_MIB)
+        self._cgroup.set_memory(self._limit_mib)
 
     def find_again(self) -> bool:
         """Recognise the processes of an earlier life of this daemon: pid, start time and boot must all be the same."""
@@ -182,6 +186,9 @@ class GvisorMachine:
             threads=threads,
             uptime_s=time.monotonic() - self._born,
         )
+
+    def memory_share(self) -> float:
+        return self._cgroup.needed_bytes() / (self._limit_mib << 20)
 
     async def memory(self) -> Memory:
         return await asyncio.to_thread(lambda: memory.of(self._cgroup.pids()))
