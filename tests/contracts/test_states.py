@@ -468,6 +468,7 @@ async def test_use_follows_a_sandbox_through_its_states(host: HostService, box: 
     assert shared.stored_own_bytes + shared.stored_shared_bytes == kept.stored_bytes
     assert (await host.get(box)).status == "hibernated", "looking wakes nothing"
     await host.wake(box)
+    await settled(host)
     # The sandbox has given its saved state back, so what both had is the snapshot's alone.
     alone = await host.snapshot_usage(snapshot.id)
     assert (alone.own_bytes, alone.shared_bytes) == (snapshot.size_bytes, 0)
