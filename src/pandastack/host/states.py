@@ -146,7 +146,8 @@ class States:
                 await guest.seal(freeze=True, reason=reason, hook_timeout_s=HOOK_TIMEOUT_S, timeout_s=STILL_TIMEOUT_S)
                 yield machine
             finally:
-                if sandbox.status in ("running", "paused"):
+                # With another machine by now, this one is over.
+                if sandbox.machine is machine and sandbox.status in ("running", "paused"):
                     await asyncio.shield(asyncio.ensure_future(self._go_on(sandbox, machine, guest)))
         finally:
             sandbox.held = False
@@ -203,6 +204,13 @@ class States:
         saved_limits = Limits(cpu=origin.cpu, memory_mib=origin.memory_mb, disk_mib=origin.disk_mb)
         return SlotKey(rootfs, limits or saved_limits, saved.folder, guest)
 
+    async def own(self, sandbox: Sandbox, snapshot_id: SnapshotId) -> Saved:
+        """A snapshot of this very sandbox, checked. Raises as `Snapshots.check`, and Conflict for another sandbox's."""
+        saved = await self.snapshots.check(snapshot_id)
+        if saved.manifest.origin.sandbox_id != sandbox.id or saved.manifest.kind != "snapshot":
+            raise Conflict("this snapshot is of another sandbox", hint="create a sandbox from it instead (from_snapshot)")
+        return saved
+
     # Hibernate
 
     async def hibernate(self, sandbox: Sandbox, *, reason: str, idle_for_s: float | None = None) -> None:
@@ -253,7 +261,7 @@ class States:
             key = self.key(saved, sandbox.limits)
             fresh = identity.fresh(sandbox.id, before.request.hostname, before.env, machine_id=before.machine_id or None)
             async with self.registry.starts:
-                ready = await self._start(key, fresh)
+                ready = await self.start(key, fresh)
             undo.push_async_callback(self.registry.machines.discard_ready, ready)
             entry = before.model_copy(
                 update={
@@ -274,7 +282,8 @@ class States:
         await self.snapshots.delete(saved.manifest.id)
         self.registry.tell("running", sandbox.id)
 
-    async def _start(self, key: SlotKey, fresh: identity.Identity) -> Ready:
+    async def start(self, key: SlotKey, fresh: identity.Identity) -> Ready:
+        """A machine that goes on from a saved state with this identity. All or nothing; the caller holds one of `registry.starts`."""
         ready = await self.registry.machines.restored(key, quiet=False)
         try:
             await identity.confirm(ready.guest, fresh)
