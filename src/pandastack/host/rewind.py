@@ -105,9 +105,7 @@ class Rewinds:
         admission.reserve(sandbox.id, sandbox.limits)
         undo.callback(admission.release, sandbox.id)
 
-    async def _keep(
-        self, sandbox: Sandbox, undo_id: SnapshotId, held: contextlib.AsyncExitStack, undo: contextlib.AsyncExitStack
-    ) -> Saved:
+    async def _keep(self, sandbox: Sandbox, undo_id: SnapshotId, held: contextlib.AsyncExitStack, undo: contextlib.AsyncExitStack) -> Saved:
         """What it is now, durable. One that is in memory stands still from here on, so that nothing it does is lost."""
         if sandbox.status == "hibernated":
             saved = await self._snapshots.check(sandbox.entry.snapshot)

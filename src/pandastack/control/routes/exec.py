@@ -21,7 +21,7 @@ Encoding = Annotated[Literal["text", "base64"], Query()]
 async def run(here: Here, caller: Writer, sandbox_id: str, body: Command) -> Response:
     """Run a command and answer when it has ended. The command goes on if the client leaves, until its time is over."""
     row = await here.states.running(caller, sandbox_id)
-    return answers.json(await here.gateway.execute(row.id, body))
+    return answers.json(await here.gateway.execute(row, body))
 
 
 @router.post("/stream", response_class=answers.EventStream, status_code=200, operation_id="execStream")
@@ -35,7 +35,7 @@ async def stream(
 ) -> Response:
     """Events `stdout` and `stderr`, then exactly one `exit` or `error`."""
     row = await here.states.running(caller, sandbox_id)
-    following = await here.gateway.stream(row.id, body, as_bytes=encoding == "base64")
+    following = await here.gateway.stream(row, body, as_bytes=encoding == "base64")
 
     async def kill() -> None:
         await here.gateway.kill(row.id, following.process_id)
