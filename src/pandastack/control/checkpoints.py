@@ -70,6 +70,7 @@ class Checkpoints:
         self._settings = settings
         self._meters = meters
         self._tracks: dict[SandboxId, _Track] = {}
+        self._absent: set[SandboxId] = set()
 
     # Commands
 
@@ -98,9 +99,9 @@ class Checkpoints:
 
     def changed(self, sandbox_id: SandboxId) -> None:
         """It has another policy, or another history: begin anew, and hold to the bounds."""
-        track = self._tracks.pop(sandbox_id, None)
-        if track is not None and track.job is not None:
-            self._tracks[sandbox_id] = _Track(job=track.job)
+        if track := self._tracks.get(sandbox_id):
+            track.commands.clear()
+            track.ended, track.every_s, track.taken, track.not_before = 0, None, None, 0.0
         self._crew.start("thin", self.thin(sandbox_id))
 
     # Timers
@@ -108,9 +109,12 @@ class Checkpoints:
     async def tick(self) -> None:
         """Take the points that are due by time. Nothing is woken or resumed for one."""
         rows = await self._store.sandboxes.list_with_checkpoints_of_any_tenant()
-        for gone in self._tracks.keys() - {row.id for row in rows}:
+        absent = self._tracks.keys() - {row.id for row in rows}
+        # Twice in a row, because the list is a moment old.
+        for gone in self._absent & absent:
             if self._tracks[gone].job is None:
                 del self._tracks[gone]
+        self._absent = absent
         due = [row for row in rows if row.status == "running" and self._is_due(row)]
         if not due:
             return

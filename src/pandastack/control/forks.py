@@ -3,7 +3,8 @@
     fork:     rows `creating` for all children (durable) -> host.fork -> all rows `running` + answer; see `creates`
     promote:  delete the other children of the same fork
 
-With a point given (`at`), the children are what the parent was then; it need not run. All children of a fork have one `fork_tree_id` and one `fork_parent_id`, as columns and, for existing clients, in their metadata.
+With a point given (`at`), the children are what the parent was then, whatever it is by now. All children of a fork have one
+`fork_tree_id` and one `fork_parent_id`, as columns and, for existing clients, in their metadata.
 """
 
 from __future__ import annotations

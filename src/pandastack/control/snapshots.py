@@ -34,7 +34,6 @@ from pandastack.errors import (
     Conflict,
     DiskFull,
     GuestError,
-    PandastackError,
     RuntimeFailed,
     SnapshotNotFound,
     SnapshotUnusable,

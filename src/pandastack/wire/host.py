@@ -54,7 +54,7 @@ class HostFork(Record):
 
 
 class HostRewind(Record):
-    """Make `sandbox` what it was when `snapshot`, one of its own, was taken. What it is now is saved first, as `undo`, where that is given."""
+    """Make `sandbox` what it was when `snapshot`, one of its own, was taken. With `undo`, what it is now is saved first, under that id."""
 
     sandbox: SandboxId
     snapshot: SnapshotId

@@ -5,9 +5,10 @@
         |          | +-> failed |
         +----------+-----+------+-> deleting -> (no row)
 
-`cause` says who took it: `request` (a client asked), or, automatically, `checkpoint` and `restore`. Those two, the *points* that
-nobody asked for, are bounded in number and end with their sandbox. Each change of state is one conditional statement, and its row count says who won. `capturing` and `deleting` rows are not
-shown in lists: the one is not a snapshot yet, the other is none any more.
+`cause` says who took it: `request` (a client asked), or, automatically, `checkpoint` and `restore`. Those two, the points that
+nobody asked for, are bounded in number and end with their sandbox. Each change of state is one conditional statement, and its
+row count says who won. `capturing` and `deleting` rows are not shown in lists: the one is not a snapshot yet, the other is none
+any more.
 """
 
 from __future__ import annotations
