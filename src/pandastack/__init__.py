@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from pandastack.sdk.processes import AsyncProcess, Process
     from pandastack.sdk.results import (
         BakeProgress,
+        Checkpoints,
         ExecResult,
         FileEvent,
         FileInfo,
@@ -100,8 +101,8 @@ _HOMES = {
     "sdk.files": "AsyncFileWatch AsyncFilesystem FileWatch Filesystem",
     "sdk.processes": "AsyncProcess Process",
     "sdk.results": (
-        "BakeProgress ExecResult FileEvent FileInfo FileWritten Lifecycle Me OutputEvent OutputSlice Promoted SandboxMetrics Snapshot "
-        "Template Token"
+        "BakeProgress Checkpoints ExecResult FileEvent FileInfo FileWritten Lifecycle Me OutputEvent OutputSlice Promoted "
+        "SandboxMetrics Snapshot Template Token"
     ),
     "sdk.retry": "CreateRetryEvent",
     "sdk.async_sandboxes": "AsyncSandbox",
@@ -124,6 +125,7 @@ __all__ = [
     "BranchOutcome",
     "Candidate",
     "CapacityError",
+    "Checkpoints",
     "Client",
     "CommandFailed",
     "Conflict",

@@ -1,10 +1,10 @@
 """Points that a sandbox takes by itself: after every n-th command, or every so many seconds in which something happened.
 
-    a command ends -> (its n-th) capture begins -> the next command waits -> durable -> thinned out
+    a command ends -> (its n-th) capture begins -> whatever would change something waits -> durable -> thinned out
     a timer is due -> (it runs, and was busy since the last point) the same, and nobody waits
 
-A point taken after a command is what the command left: its answer is not held up, the next command of that sandbox is. A
-checkpoint that fails is none of the command's business: it is counted, its reason is shown by the lifecycle of the sandbox, and
+A point taken after a command is what the command left: its answer is not held up, the next request that changes something in that
+sandbox is. A checkpoint that fails is none of the command's business: it is counted, its reason is shown by the lifecycle of the sandbox, and
 there is no other try for a while. How many commands have ended is kept in memory only: a restart begins to count anew.
 """
 

@@ -139,7 +139,6 @@ class Gateway:
         heads = {"stdout": Head(limit), "stderr": Head(limit)}
         seen = {"stdout": 0, "stderr": 0}
         ended: ProcessExit | None = None
-        await self._checkpoints.turn(row)
         self._checkpoints.began(row, process_id, request)
         no_end = "no answer from the sandbox about the end of the command"
         async with deadline(self._patience_s(request), no_end), closing(self._host.run(row.id, request, process_id)) as items:
@@ -177,7 +176,6 @@ class Gateway:
     async def stream(self, row: SandboxRow, request: ExecRequest, *, as_bytes: bool) -> Following:
         """Start a command and return its events once the host has accepted it."""
         request, process_id = self._limited(request), new_process_id()
-        await self._checkpoints.turn(row)
         self._checkpoints.began(row, process_id, request)
         items = self._host.run(row.id, request, process_id)
         return await self._follow(row, items, timeout_s=request.timeout_seconds, as_bytes=as_bytes, offsets=False)
@@ -185,7 +183,6 @@ class Gateway:
     async def start(self, row: SandboxRow, request: ProcessStart) -> ProcessView:
         """Start a process that nobody need follow."""
         process_id = ProcessId(request.id) if request.id is not None else new_process_id()
-        await self._checkpoints.turn(row)
         async with self.deadline():
             # The id is made up here, so that the call to the host can be repeated without starting a second process.
             started = await self._host.start_process(row.id, request.model_copy(update={"id": process_id}))
