@@ -3,9 +3,10 @@
     a command ends -> (its n-th) capture begins -> whatever would change something waits -> durable -> thinned out
     a timer is due -> (it runs, and was busy since the last point) the same, and nobody waits
 
-A point taken after a command is what the command left: its answer is not held up, the next request that changes something in that
-sandbox is. A checkpoint that fails is none of the command's business: it is counted, its reason is shown by the lifecycle of the sandbox, and
-there is no other try for a while. How many commands have ended is kept in memory only: a restart begins to count anew.
+A point taken after a command is what the command left: its answer is not held up, the next request that changes something in
+that sandbox is. A checkpoint that fails is none of the command's business: it is counted, its reason is shown by the lifecycle of
+the sandbox, and there is no other try for a while. How many commands have ended is kept in memory only: a restart begins to count
+anew.
 """
 
 from __future__ import annotations
