@@ -157,27 +157,26 @@ class Checkpoints:
 
     async def _take(self, row: SandboxRow, track: _Track) -> bool:
         """Whether there is one more point."""
-        began, error = time.monotonic(), "internal error"
-        outcome = "internal"
+        began, outcome = time.monotonic(), "ok"
+        error: str | None = None
         try:
             await self._snapshots.checkpoint(row, track.label)
-            track.taken, outcome = began, "ok"
-            self._crew.start("thin", self.thin(row.id))
-            return True
         except SandboxNotFound as gone:
             outcome = gone.code
-            return False
         except Exception as failure:
+            outcome, error = "internal", "internal error"
             if isinstance(failure, PandastackError):
                 outcome, error = failure.code, f"{failure.code}: {failure.message}"
             track.not_before = time.monotonic() + self._settings.checkpoint_retry_s
             log.warning("checkpoint.failed", sandbox=row.id, error=repr(failure))
+        self._meters.checkpoints.labels(outcome).inc()
+        if error != row.checkpoint_error:
+            await self._store.sandboxes.note_checkpoint_of_any_tenant(row.id, error)
+        if outcome != "ok":
             return False
-        finally:
-            self._meters.checkpoints.labels(outcome).inc()
-            said = None if outcome == "ok" else error
-            if said != row.checkpoint_error:
-                await self._store.sandboxes.note_checkpoint_of_any_tenant(row.id, said)
+        track.taken = began
+        self._crew.start("thin", self.thin(row.id))
+        return True
 
     async def thin(self, sandbox_id: SandboxId) -> None:
         """Delete the automatic points of a sandbox that are over its bounds. One that is being used stays until the next time."""
