@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from pandastack.sdk.processes import AsyncProcess, Process
     from pandastack.sdk.results import (
         BakeProgress,
+        Checkpoints,
         ExecResult,
         FileEvent,
         FileInfo,
@@ -103,8 +104,8 @@ _HOMES = {
     "sdk.files": "AsyncFileWatch AsyncFilesystem FileWatch Filesystem",
     "sdk.processes": "AsyncProcess Process",
     "sdk.results": (
-        "BakeProgress ExecResult FileEvent FileInfo FileWritten Lifecycle Me OutputEvent OutputSlice Promoted Quota SandboxMetrics "
-        "SandboxUsage Snapshot Template Token WorkspaceUsage"
+        "BakeProgress Checkpoints ExecResult FileEvent FileInfo FileWritten Lifecycle Me OutputEvent OutputSlice Promoted Quota "
+        "SandboxMetrics SandboxUsage Snapshot Template Token WorkspaceUsage"
     ),
     "sdk.retry": "CreateRetryEvent",
     "sdk.async_sandboxes": "AsyncSandbox",
@@ -127,6 +128,7 @@ __all__ = [
     "BranchOutcome",
     "Candidate",
     "CapacityError",
+    "Checkpoints",
     "Client",
     "CommandFailed",
     "Conflict",

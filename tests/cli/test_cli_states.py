@@ -107,3 +107,34 @@ def test_create_can_wait_for_the_trial_of_a_snapshot(world: World) -> None:
     call("snapshot", "create", one, "--wait-verified", "5")
     world.after["POST snapshots"] = lambda: [item.update(status="failed") for item in world.snapshots.values()] and None
     assert "can not be restored" in call("snapshot", "create", one, "--wait-verified", "5", code=1).stderr
+
+
+def test_checkpoints_are_set_shown_and_ended(world: World) -> None:
+    one = world.make()["id"]
+    assert call("sandbox", "checkpoints", one).stdout == "off\n"
+    assert as_json("sandbox", "checkpoints", one, "--every-execs", "2", "--keep", "5")["every_execs"] == 2
+    assert world.sandboxes[one]["checkpoints"] == {"every_execs": 2, "keep": 5}
+    assert "every_execs" in call("sandbox", "checkpoints", one).stdout
+    assert as_json("sandbox", "checkpoints", one, "--off") is None
+    call("sandbox", "checkpoints", one, "--every-execs", "1", "--every-seconds", "5", code=1)
+    call("sandbox", "checkpoints", one, "--every-seconds", "4", code=2)
+    made = call("sandbox", "create", "--checkpoint-execs", "3").stdout.strip()
+    assert world.sandboxes[made]["checkpoints"] == {"every_execs": 3}
+
+
+def test_history_restore_and_a_fork_at_a_point(world: World) -> None:
+    one = world.make(status="failed")["id"]
+    point = call("snapshot", "create", one).stdout.strip()
+    shown = call("sandbox", "history", one).stdout
+    assert point in shown
+    assert "request" in shown
+    assert as_json("sandbox", "history", one, "--limit", "1")[0]["id"] == point
+    assert call("sandbox", "restore", one, point).stdout.startswith("snap")
+    assert call("sandbox", "restore", one, point, "--no-undo").stdout == ""
+    restored = as_json("sandbox", "restore", one, point)
+    assert (restored["id"], restored["status"]) == (one, "running")
+    assert restored["undo_point"]
+    assert "no such snapshot" in call("sandbox", "restore", one, "nothing", code=1).stderr
+    call("sandbox", "fork", one, "--at", point)
+    call("sandbox", "fork-tree", one, "--at", point)
+    assert [body["at"] for verb, _, body in world.asked if verb in ("POST fork", "POST fork-tree")] == [point, point]

@@ -19,7 +19,7 @@ from pandastack.control.fake_host import FakeHost
 from pandastack.control.hosts import Host, closing
 from pandastack.errors import Conflict, FileConflict, FileNotFound, ProcessNotFound, SandboxNotFound, SnapshotNotFound, TemplateNotFound
 from pandastack.wire.files import ChangeMode
-from pandastack.wire.host import HostCreate, Output, ProcessExit
+from pandastack.wire.host import HostChild, HostCreate, HostFork, HostRewind, Output, ProcessExit
 from pandastack.wire.ids import ProcessId, SandboxId, new_process_id, new_sandbox_id, new_snapshot_id
 from pandastack.wire.processes import ExecRequest, ProcessStart, ProcessView, SignalRequest
 
@@ -356,3 +356,60 @@ async def test_changes_are_seen(host: Host, box: SandboxId) -> None:
             await host.write_file(box, b"/tmp/seen", pieces(b"x"))
             first = await anext(batches)
         assert "/tmp/seen" in [event.path for event in first]
+
+
+# Points
+
+
+@pytest.mark.parametrize("verb", ["nothing", "pause", "hibernate"])
+async def test_a_sandbox_goes_back_to_its_own_point_and_forth_again(host: Host, box: SandboxId, verb: str) -> None:
+    await host.write_file(box, b"/tmp/f", pieces(b"then"))
+    point = await host.snapshot(box, new_snapshot_id())
+    await host.write_file(box, b"/tmp/f", pieces(b"later"))
+    if verb == "pause":
+        await host.pause(box)
+    elif verb == "hibernate":
+        await host.hibernate(box, reason="request")
+    undo = new_snapshot_id()
+    done = await host.rewind(HostRewind(sandbox=box, snapshot=point.id, undo=undo))
+    assert (done.sandbox.id, done.sandbox.status, done.sandbox.status_reason, done.sandbox.boot_mode) == (box, "running", None, "rewind")
+    assert done.undo is not None
+    assert (done.undo.id, done.undo.sandbox_id) == (undo, box)
+    assert (await host.get(box)).status == "running"
+    assert await content(host, box, b"/tmp/f") == b"then"
+    assert {found.id for found in await host.list_snapshots()} == {point.id, undo}
+    assert (await host.rewind(HostRewind(sandbox=box, snapshot=undo))).undo is None
+    assert await content(host, box, b"/tmp/f") == b"later"
+    assert (await host.describe()).capacity.sandboxes == 1
+    for found in await host.list_snapshots():
+        await host.delete_snapshot(found.id)
+
+
+async def test_children_of_a_point_are_what_their_parent_was(host: Host, box: SandboxId) -> None:
+    await host.write_file(box, b"/tmp/f", pieces(b"then"))
+    point = await host.snapshot(box, new_snapshot_id())
+    await host.write_file(box, b"/tmp/f", pieces(b"later"))
+    await host.hibernate(box, reason="request")
+    wanted = [HostChild(id=new_sandbox_id(), hostname=f"child-{number}") for number in range(2)]
+    made = await host.fork(HostFork(parent=box, children=wanted, snapshot=point.id))
+    assert [(child.id, child.status) for child in made] == [(child.id, "running") for child in wanted]
+    assert [await content(host, child.id, b"/tmp/f") for child in wanted] == [b"then"] * 2
+    assert (await host.get(box)).status == "hibernated"
+    await host.delete_snapshot(point.id)
+
+
+async def test_only_its_own_point_will_do(host: Host, box: SandboxId) -> None:
+    other = await host.create(wanted())
+    foreign = await host.snapshot(other.id, new_snapshot_id())
+    child = HostChild(id=new_sandbox_id(), hostname="child")
+    with pytest.raises(Conflict):
+        await host.rewind(HostRewind(sandbox=box, snapshot=foreign.id, undo=new_snapshot_id()))
+    with pytest.raises(Conflict):
+        await host.fork(HostFork(parent=box, children=[child], snapshot=foreign.id))
+    with pytest.raises(SnapshotNotFound):
+        await host.rewind(HostRewind(sandbox=box, snapshot=new_snapshot_id()))
+    with pytest.raises(SandboxNotFound):
+        await host.rewind(HostRewind(sandbox=new_sandbox_id(), snapshot=foreign.id))
+    assert await host.list_snapshots() == [foreign]
+    assert len(await host.list()) == 2
+    await host.delete_snapshot(foreign.id)

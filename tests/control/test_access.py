@@ -35,6 +35,8 @@ ROUTES: dict[tuple[str, str], tuple[str | None, dict[str, Any]]] = {
     ("POST", BOX + "/stop"): ("write", {}),
     ("POST", BOX + "/start"): ("write", {}),
     ("POST", BOX + "/snapshots"): ("write", {}),
+    ("GET", BOX + "/history"): ("read", {}),
+    ("POST", BOX + "/restore"): ("write", {"json": {"point": str(new_snapshot_id())}}),
     ("POST", BOX + "/fork"): ("write", {"json": {}}),
     ("POST", BOX + "/fork-tree"): ("write", {"json": {}}),
     ("POST", BOX + "/promote"): ("write", {"json": {}}),

@@ -297,7 +297,8 @@ class Watched:
     async def begin(self, w: World) -> None:
         await asyncio.sleep(0.02)
         self.steps.watch(w.host, "snapshot", "delete_snapshot")
-        self.steps.watch(w.parts.store.snapshots, "insert", "complete", "mark_deleting", "remove_of_any_tenant")
+        self.steps.watch(w.parts.store.creates, "begin", "complete_snapshot")
+        self.steps.watch(w.parts.store.snapshots, "mark_deleting", "remove_of_any_tenant")
 
 
 @pytest.mark.parametrize("verb", ["capture", "delete"])

@@ -1,4 +1,4 @@
-"""Every step of hibernate, wake, snapshot and fork fails once, hangs once and is killed once. Nothing is lost, nothing is left.
+"""Every step of hibernate, wake, snapshot, fork and rewind fails once, hangs once and is killed once. Nothing is lost, nothing is left.
 
 The steps are enumerated by a run that goes well: a new one without a case here fails `test_every_step_has_a_case`.
 """
@@ -25,8 +25,8 @@ from pandastack.errors import (
 )
 from pandastack.host import identity, machines, registry, states
 from pandastack.host.app import HostService
-from pandastack.wire.host import HostChild, HostFork
-from pandastack.wire.ids import ProcessId, SandboxId, new_sandbox_id, new_snapshot_id
+from pandastack.wire.host import HostChild, HostFork, HostRewind
+from pandastack.wire.ids import ProcessId, SandboxId, SnapshotId, new_sandbox_id, new_snapshot_id
 from pandastack.wire.processes import ProcessStart
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -62,6 +62,14 @@ FAILURES: dict[str, dict[str, list[tuple[PandastackError, type[PandastackError]]
         "ledger.write": [(disk_full(), DiskFull)],
     },
     "fork": {**_NEW, **_STILL, "ledger.write": [(disk_full(), DiskFull)], "machine.unseal": [(GuestError(), PandastackError)]},
+    "rewind": {
+        **_NEW,
+        **_STILL,
+        "saved.check": [(SnapshotUnusable("damaged", reason="damaged"), SnapshotUnusable)],
+        "saved.publish": [(disk_full(), DiskFull)],
+        "saved.published": [(disk_full(), DiskFull)],
+        "ledger.write": [(disk_full(), DiskFull)],
+    },
 }
 # What comes after the point of no return, where a failure is put right later: it is not the caller's.
 LATER = {
@@ -69,6 +77,7 @@ LATER = {
     "wake": {"saved.delete"},
     "fork": set[str](),
     "snapshot": {"saved.published"},
+    "rewind": {"stop", "disk.delete"},
 }
 CASES = [
     (verb, step, error, expected)
@@ -98,6 +107,9 @@ async def do(host: HostService, verb: str, box: SandboxId, child: SandboxId) -> 
         await settled(host)
     elif verb == "snapshot":
         await host.snapshot(box, new_snapshot_id())
+    elif verb == "rewind":
+        (point,) = [found.id for found in await host.list_snapshots() if found.id != child]
+        await host.rewind(HostRewind(sandbox=box, snapshot=point, undo=SnapshotId(child)))
     else:
         await host.fork(HostFork(parent=box, children=[HostChild(id=child, hostname="child")]))
 
@@ -110,7 +122,15 @@ async def alive(host: HostService, verb: str) -> SandboxId:
     if verb == "wake":
         await host.hibernate(request.id, reason="request")
         await settled(host)
+    if verb == "rewind":
+        await host.snapshot(request.id, new_snapshot_id())
+        await run(host, request.id, "echo later > /later")
     return request.id
+
+
+async def is_later(host: HostService, box: SandboxId) -> bool:
+    """Whether it has what happened after the point of a rewind."""
+    return await run(host, box, "cat /later") == (b"later\n", 0)
 
 
 async def remembers(host: HostService, box: SandboxId) -> None:
@@ -155,6 +175,7 @@ async def test_a_step_that_fails_loses_nothing_and_leaves_nothing(
     await settled(host)
     assert (world.left(), saved(world), (await host.get(box)).status, (await host.describe()).capacity) == before
     assert [one.id for one in await host.list()] == [box]
+    assert verb != "rewind" or await is_later(host, box)
     # And nothing stands in the way of the next try, not even with the same id.
     await do(host, verb, box, child)
     for one in await host.list():
@@ -248,6 +269,8 @@ def test_a_host_killed_in_any_step_starts_again_with_everything(world: World, bo
         assert (await host.get(box)).status in ("running", "hibernated")
         await remembers(host, box)
         await settled(host)
+        # Either one of the two is whole; and what is not there any more was kept.
+        assert verb != "rewind" or await is_later(host, box) or child in {found.id for found in await host.list_snapshots()}
         assert (await host.describe()).capacity.sandboxes == 1
         assert {kind: len(names) for kind, names in world.left().items()} == {"runtime": 1, "disks": 1, "machines": 1, "ledger": 1}
         for snapshot in await host.list_snapshots():
@@ -284,3 +307,35 @@ async def test_two_verbs_at_once_take_turns(host: HostService) -> None:
     for one in (box, child):
         await remembers(host, one)
     await host.delete_snapshot(snapshot_id)
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+async def test_a_sandbox_that_was_hibernated_or_failed_is_what_it_was_when_its_rewind_fails(
+    world: World, host: HostService, asleep: bool
+) -> None:
+    box = await alive(host, "rewind")
+    if asleep:
+        await host.hibernate(box, reason="request")
+    else:
+        await host.sandboxes.registry.fail(host.sandboxes.registry.get(box), "guest")
+    before = (world.left(), saved(world), await host.get(box), (await host.describe()).capacity)
+    world.runtime.fail("restore")
+    with pytest.raises(RuntimeFailed):
+        await do(host, "rewind", box, new_sandbox_id())
+    assert (world.left(), saved(world), await host.get(box), (await host.describe()).capacity) == before
+    await do(host, "rewind", box, new_sandbox_id())
+    await remembers(host, box)
+    assert not await is_later(host, box)
+
+
+async def test_a_sandbox_that_fails_while_it_is_rewound_comes_back(world: World, host: HostService) -> None:
+    box = await alive(host, "rewind")
+    hang = world.runtime.hang("restore")
+    doing = asyncio.create_task(do(host, "rewind", box, new_sandbox_id()))
+    await reached(hang)
+    await host.sandboxes.registry.fail(host.sandboxes.registry.get(box), "guest")
+    hang.release()
+    await doing
+    assert (await host.get(box)).status == "running"
+    assert (await host.describe()).capacity.sandboxes == 1
+    await remembers(host, box)

@@ -69,13 +69,59 @@ def test_a_failed_change_leaves_the_status() -> None:
     assert sandbox.status == "running"
 
 
-def test_a_snapshot_waits_for_ten_minutes_and_is_never_taken_twice() -> None:
-    sandbox, transport = using(answer({"id": "snap1", "sandbox_id": "s1"}, 201), answer({"snapshot_id": "snap2"}), broken())
-    assert (sandbox.snapshot(), sandbox.snapshot()) == ("snap1", "snap2")
+def test_a_snapshot_waits_for_ten_minutes_and_a_lost_answer_is_asked_for_again_with_the_same_key() -> None:
+    sandbox, transport = using(answer({"id": "snap1", "sandbox_id": "s1"}, 201), broken(), answer({"snapshot_id": "snap2"}))
+    assert (sandbox.snapshot(idempotency_key="mine"), sandbox.snapshot()) == ("snap1", "snap2")
     assert transport.requests[0].read_s == 600
+    keys = [request.headers["idempotency-key"] for request in transport.requests]
+    assert (keys[0], keys[1] == keys[2], keys[1] != "mine") == ("mine", True, True)
+
+
+def test_checkpoints_are_part_of_the_lifecycle() -> None:
+    policy = {"every_execs": 2, "every_seconds": None, "keep": 5, "max_mb": 4096, "points": 0, "size_bytes": 0, "last_error": None}
+    said = {"ttl_seconds": 60, "persistent": False, "idle_seconds": 0}
+    sandbox, transport = using(answer({**said, "checkpoints": policy}), answer(said))
+    assert sandbox.checkpoints(every_execs=2, keep=5)["checkpoints"] == policy
+    assert sandbox.checkpoints(off=True)["checkpoints"] is None
+    assert [json.loads(body) for body in transport.bodies] == [{"checkpoints": {"every_execs": 2, "keep": 5}}, {"checkpoints": "off"}]
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"every_execs": 1, "every_seconds": 5}, {"every_seconds": 4}, {"keep": 3}, {"off": True, "keep": 3}, {"every_execs": 0}]
+)
+def test_a_policy_that_says_nothing_or_two_things_is_not_sent(given: dict[str, Any]) -> None:
+    sandbox, transport = using()
+    with pytest.raises(errors.InvalidRequest):
+        sandbox.checkpoints(**given)
+    assert transport.requests == []
+
+
+def test_history_and_restore() -> None:
+    point = {"id": "p1", "sandbox_id": "s1", "cause": "checkpoint", "label": "make"}
+    done = {"id": "s1", "status": "running", "boot_mode": "rewind", "undo_point": "p2"}
+    sandbox, transport = using(answer({"points": [point]}), answer(done), answer({**done, "undo_point": None}), broken())
+    (found,) = sandbox.history(1)
+    assert (found.id, found.cause, found.label) == ("p1", "checkpoint", "make")
+    sandbox.status = "failed"
+    assert sandbox.restore(found) == "p2"
+    assert (sandbox.status, sandbox.boot_mode) == ("running", "rewind")
+    assert sandbox.restore("p2", undo=False) is None
     with pytest.raises(errors.APIConnectionError):
-        sandbox.snapshot()
-    assert len(transport.requests) == 3
+        sandbox.restore("p1")
+    assert [request.path for request in transport.requests] == ["/sandboxes/s1/history?limit=1", *["/sandboxes/s1/restore"] * 3]
+    assert [json.loads(body) for body in transport.bodies[1:]] == [{"point": "p1"}, {"point": "p2", "undo": False}, {"point": "p1"}]
+
+
+def test_a_fork_at_a_point() -> None:
+    sandbox, transport = using(answer({"children": [CHILD]}, 201), answer({"children": [CHILD, {**CHILD, "id": "c2"}]}, 201))
+    assert sandbox.fork_at("p1").id == "c1"
+    assert [child.id for child in sandbox.fork_at("p1", {"a": "b"}, count=2)] == ["c1", "c2"]
+    assert [json.loads(body) for body in transport.bodies] == [
+        {"count": 1, "at": "p1"},
+        {"count": 2, "metadata": {"a": "b"}, "at": "p1"},
+    ]
+    with pytest.raises(errors.InvalidRequest, match="count"):
+        sandbox.fork_at("p1", count=0)
 
 
 def test_keep_awake_is_a_lifecycle() -> None:

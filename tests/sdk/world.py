@@ -81,9 +81,18 @@ class World:
                 return answer({**made, "mem_path": "", "state_path": ""}, 201)
             if name == "promote":
                 return self._promote(sandbox, body)
+            if name == "history":
+                return answer({"points": [{"cause": "request", **made} for made in self.snapshots.values()]})
+            if name == "restore":
+                if body["point"] not in self.snapshots:
+                    return answer({"error": "no such snapshot", "code": "snapshot_not_found", "field": "point"}, 400)
+                sandbox["status"] = "running"
+                return answer({**sandbox, "undo_point": f"snap{next(self._ids)}" if body.get("undo", True) else None})
             if name == "lifecycle":
                 sandbox.update({key: value for key, value in body.items() if key != "keep_awake_seconds"})
-                return answer({"ttl_seconds": sandbox["ttl_seconds"], "persistent": bool(sandbox.get("persistent")), "idle_seconds": 0})
+                facts = {"ttl_seconds": sandbox["ttl_seconds"], "persistent": bool(sandbox.get("persistent")), "idle_seconds": 0}
+                policy = sandbox.get("checkpoints")
+                return answer({**facts, "checkpoints": None if policy in (None, "off") else {"keep": 20, "max_mb": 4096, **policy}})
         if name == "exec":
             found = self.run(sandbox, body)
             if sandbox["id"] not in self.sandboxes:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pandastack.cli import commands, console, states
+from pandastack.cli import commands, console, history, states
 
 if TYPE_CHECKING:
     from pandastack.sdk.sandboxes import Sandbox
@@ -21,6 +21,9 @@ app.command("keep-awake")(states.keep_awake)
 app.command()(states.fork)
 app.command("fork-tree")(states.fork_tree)
 app.command()(states.promote)
+app.command()(history.checkpoints)
+app.command()(history.history)
+app.command()(history.restore)
 
 
 @app.command()
@@ -34,6 +37,9 @@ def create(
     memory_mb: Annotated[int | None, typer.Option(help="MiB.")] = None,
     disk_mb: Annotated[int | None, typer.Option(help="MiB.")] = None,
     from_snapshot: Annotated[str | None, typer.Option(metavar="SNAPSHOT", help="Continue from this snapshot, memory included.")] = None,
+    checkpoint_execs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Let it take a point after every n-th command (see `sandbox checkpoints`).")
+    ] = None,
     as_json: console.Json = False,
 ) -> None:
     """Start a sandbox; prints its id."""
@@ -41,6 +47,7 @@ def create(
         sandbox = client.sandboxes.create(
             template, cpu, memory_mb, ttl, persistent, console.pairs(metadata, "--metadata"), from_snapshot,
             disk_mb=disk_mb, env=console.pairs(env, "--env"),
+            checkpoints={"every_execs": checkpoint_execs} if checkpoint_execs else None,
         )  # fmt: skip
     if sandbox.template_note and not as_json:
         console.say(sandbox.template_note)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pandastack.sdk.sandboxes import Sandbox
 
 SandboxIds = Annotated[list[str], typer.Argument(metavar="SANDBOX...")]
+At = Annotated[str | None, typer.Option(metavar="POINT", help="What it was at this point of its history, instead of now.")]
 
 
 def pause(sandbox_ids: SandboxIds, as_json: console.Json = False) -> None:
@@ -60,27 +61,28 @@ def fork(
     sandbox_id: console.SandboxId,
     count: Annotated[int | None, typer.Option("--count", "-n", min=1, max=16, help="Make so many (with --json: a list).")] = None,
     metadata: console.Metadata = None,
+    at: At = None,
     as_json: console.Json = False,
 ) -> None:
     """Make a running copy, processes and memory included; prints its id."""
-    with console.sandbox(sandbox_id) as sandbox:
-        pairs = console.pairs(metadata, "--metadata")
-        if count is None:
-            child = sandbox.fork(pairs)
-            console.show(child.to_dict(), as_json, lambda: print(child.id))
-        else:
-            _show_children(sandbox.fork(pairs, count=count), as_json)
+    with console.client() as client:
+        children = client.sandboxes.fork(sandbox_id, console.pairs(metadata, "--metadata"), count=count or 1, at=at)
+    if count is None:
+        console.show(children[0].to_dict(), as_json, lambda: print(children[0].id))
+    else:
+        _show_children(children, as_json)
 
 
 def fork_tree(
     sandbox_id: console.SandboxId,
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=16)] = 2,
     metadata: console.Metadata = None,
+    at: At = None,
     as_json: console.Json = False,
 ) -> None:
     """Make several running copies of the same moment; prints their ids."""
-    with console.sandbox(sandbox_id) as sandbox:
-        _show_children(sandbox.fork_tree(count, console.pairs(metadata, "--metadata")), as_json)
+    with console.client() as client:
+        _show_children(client.sandboxes.fork_tree(sandbox_id, count, console.pairs(metadata, "--metadata"), at=at), as_json)
 
 
 def _show_children(children: list[Sandbox], as_json: bool) -> None:

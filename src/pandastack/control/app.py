@@ -1,7 +1,7 @@
 """Builds every part of the control plane and joins them. Read this first.
 
-    app -> routes -> parts -> gateway | reconcile -> forks | snapshots | usage -> states -> sandboxes
-        -> creates | access | placement | templates -> work | quotas -> store | hosts | meters
+    app -> routes -> parts -> gateway | reconcile | history -> checkpoints -> forks | snapshots | usage -> states -> sandboxes
+        -> creates | access | placement | templates | thinning -> work | quotas -> store | hosts | meters
 
 `build` is called by whoever starts the process, with the host it should use. Starting is the same as recovering: the
 store is opened (and migrated), records and host are made to agree, then the first request is answered. Stopping
@@ -20,9 +20,11 @@ from starlette.exceptions import HTTPException
 
 from pandastack.control import logs, store
 from pandastack.control.access import Keys
+from pandastack.control.checkpoints import Checkpoints
 from pandastack.control.creates import Creates
 from pandastack.control.forks import Forks
 from pandastack.control.gateway import Gateway
+from pandastack.control.history import History
 from pandastack.control.hosts import Host
 from pandastack.control.meters import Meters
 from pandastack.control.parts import Parts
@@ -34,6 +36,7 @@ from pandastack.control.routes import (
     exec,
     files,
     forks,
+    history,
     processes,
     sandboxes,
     snapshots,
@@ -56,7 +59,7 @@ from pandastack.errors import BadRequestError, CapacityError, NotFoundError, Pan
 
 log = structlog.get_logger(__name__)
 
-MODULES = (sandboxes, states, snapshots, forks, usage, exec, processes, files, templates, tokens, system)
+MODULES = (sandboxes, states, snapshots, history, forks, usage, exec, processes, files, templates, tokens, system)
 
 
 def build(settings: ControlSettings, host: Host) -> FastAPI:
@@ -101,8 +104,9 @@ async def assemble(settings: ControlSettings, host: Host, records: store.Store, 
     creates = Creates(records, host, crew, quotas, settings)
     service = Sandboxes(records, host, creates, bakes, crew, settings, meters)
     changes = States(records, host, service, crew, settings, meters)
-    saved = Snapshots(records, host, changes, crew, quotas, settings, meters)
-    reconciler = Reconciler(records, host, creates, service, changes, saved, keys, crew, settings, meters)
+    saved = Snapshots(records, host, creates, changes, crew, quotas, settings, meters)
+    checkpoints = Checkpoints(records, host, creates, saved, crew, settings, meters)
+    reconciler = Reconciler(records, host, creates, service, changes, saved, checkpoints, keys, crew, settings, meters)
     try:
         await reconciler.sweep()
     except Exception:
@@ -119,10 +123,12 @@ async def assemble(settings: ControlSettings, host: Host, records: store.Store, 
         sandboxes=service,
         states=changes,
         snapshots=saved,
+        checkpoints=checkpoints,
+        history=History(records, host, creates, service, changes, saved, checkpoints, crew, meters),
         forks=Forks(records, host, creates, service, changes, crew, settings, meters),
         usages=Usages(records, host, service, quotas, settings),
         bakes=bakes,
-        gateway=Gateway(host, settings, meters),
+        gateway=Gateway(host, checkpoints, settings, meters),
         reconciler=reconciler,
         meters=meters,
     )

@@ -4,6 +4,7 @@
                                                    on failure: host.delete, no row, the key is free
 
 A create is a making of one, a fork of many; `sandboxes` and `forks` say what to make (a `Plan`), this says in which order.
+A snapshot (`snapshots`) is under the same rule of keys.
 Each step can be repeated, and the rows say how far the work came; so a crash between any two steps is healed by
 `reconcile`, which runs the undo. Work that was begun is finished or undone even if its client leaves.
 """
@@ -15,22 +16,23 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import Counter, Histogram
 
 from pandastack.control.hosts import Host, deadline
-from pandastack.control.quotas import Quotas
+from pandastack.control.quotas import Admit, Quotas
 from pandastack.control.settings import ControlSettings
 from pandastack.control.store import Store
 from pandastack.control.store.creates import CreateRow
 from pandastack.control.store.sandboxes import SandboxRow
+from pandastack.control.store.snapshots import SnapshotRow
 from pandastack.control.work import Crew
 from pandastack.errors import CapacityError, Conflict, IdempotencyConflict, PandastackError, RuntimeFailed
 from pandastack.wire.host import HostSandbox
-from pandastack.wire.ids import SandboxId, TenantId, new_sandbox_id
+from pandastack.wire.ids import SandboxId, SnapshotId, TenantId, new_sandbox_id
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,18 @@ class Creates:
 
         Repetitions of a running one wait for it and are told the same, also where it fails; a failure frees the key.
         """
+        return await self.joined(request, lambda: self._create(request, plan), outcomes=outcomes, seconds=seconds)
+
+    async def joined(
+        self, request: Request, work: Callable[[], Coroutine[Any, Any, Created]], *, outcomes: Counter, seconds: Histogram
+    ) -> Created:
+        """Do `work`, or wait for the repetition of it that is under way in this process."""
         if request.key is None:
-            return await self._crew.finish("create", self._counted(request, plan, outcomes, seconds))
+            return await self._crew.finish("create", _counted(work(), outcomes, seconds))
         name = (request.tenant, request.key)
         running = self._by_key.get(name)
         if running is None:
-            future = self._crew.start("create", self._counted(request, plan, outcomes, seconds))
+            future = self._crew.start("create", _counted(work(), outcomes, seconds))
             self._by_key[name] = (request.digest, future)
             future.add_done_callback(lambda _done: self._by_key.pop(name, None))
             return await asyncio.shield(future)
@@ -100,47 +108,43 @@ class Creates:
         first = await asyncio.shield(running[1])
         return Created(first.status, first.body, replayed=True)
 
-    async def _counted(self, request: Request, plan: Planner, outcomes: Counter, seconds: Histogram) -> Created:
-        began = time.monotonic()
-        try:
-            created = await self._create(request, plan)
-        except PandastackError as error:
-            outcomes.labels(error.code).inc()
-            raise
-        except BaseException:
-            outcomes.labels("internal").inc()
-            raise
-        outcomes.labels("replayed" if created.replayed else "ok").inc()
-        if not created.replayed:
-            seconds.observe(time.monotonic() - began)
-        return created
+    async def answered(self, request: Request) -> Created | None:
+        """What was told for this key before. Raises IdempotencyConflict, and CapacityError while it is made elsewhere."""
+        if request.key is None:
+            return None
+        before = await self._store.creates.find(request.tenant, request.key, newer_than_us=self._expire_us())
+        return None if before is None else _replay(before, request.digest)
+
+    async def begin(self, request: Request, rows: Sequence[SandboxRow | SnapshotRow], admit: Admit) -> Created | None:
+        """Write rows and key, durable before any side effect. What was told, where another process took the key meanwhile.
+
+        `admit` as in the store.
+        """
+        begun = await self._store.creates.begin(
+            request.tenant, rows, key=request.key, request_hash=request.digest, expire_before_us=self._expire_us(), admit=admit
+        )
+        if begun:
+            return None
+        # Taken between our look and our write.
+        raced = await self.answered(request)
+        if raced is None:
+            raise CapacityError("a create with this key has just failed; ask again", retry_after_s=1)
+        return raced
+
+    def _expire_us(self) -> int:
+        return time.time_ns() // 1000 - self._settings.idempotency_keep_s * 1_000_000
 
     async def _create(self, request: Request, plan: Planner) -> Created:
-        expire_us = time.time_ns() // 1000 - self._settings.idempotency_keep_s * 1_000_000
-        if request.key is not None:
-            before = await self._store.creates.find(request.tenant, request.key, newer_than_us=expire_us)
-            if before is not None:
-                return _replay(before, request.digest)
+        if (before := await self.answered(request)) is not None:
+            return before
         if self.in_flight and len(self.in_flight) + request.count > self._settings.creates_in_flight_max:
             raise CapacityError("too many sandboxes are being created at once", retry_after_s=1)
         ids = [new_sandbox_id() for _ in range(request.count)]
         self.in_flight.update(ids)
         try:
             planned = await plan(ids)
-            begun = await self._store.creates.begin(
-                request.tenant,
-                planned.rows,
-                key=request.key,
-                request_hash=request.digest,
-                expire_before_us=expire_us,
-                admit=self._quotas.admit_sandboxes,
-            )
-            if not begun and request.key is not None:
-                # Another process took the key between our look and our write.
-                raced = await self._store.creates.find(request.tenant, request.key, newer_than_us=expire_us)
-                if raced is None:
-                    raise CapacityError("a create with this key has just failed; ask again", retry_after_s=1)
-                return _replay(raced, request.digest)
+            if (raced := await self.begin(request, planned.rows, self._quotas.admit_sandboxes)) is not None:
+                return raced
             return await self._make(request.tenant, planned)
         finally:
             self.in_flight.difference_update(ids)
@@ -173,10 +177,34 @@ class Creates:
                 raise outcome
 
     async def finish_delete(self, sandbox_id: SandboxId) -> None:
-        """The second half of a delete, and the undo of a making; repeating it is harmless."""
+        """The second half of a delete, and the undo of a making; repeating it is harmless. Automatic points end with their sandbox."""
         async with deadline(self._settings.host_timeout_s):
             await self._host.delete(sandbox_id)
+        for snapshot_id in await self._store.snapshots.mark_automatic_deleting_of_any_tenant(sandbox_id):
+            await self.finish_delete_snapshot(snapshot_id)
         await self._store.sandboxes.remove_of_any_tenant(sandbox_id)
+
+    async def finish_delete_snapshot(self, snapshot_id: SnapshotId) -> None:
+        """The same for a snapshot, and the undo of a capture."""
+        async with deadline(self._settings.host_timeout_s):
+            await self._host.delete_snapshot(snapshot_id)
+        await self._store.snapshots.remove_of_any_tenant(snapshot_id)
+
+
+async def _counted(work: Coroutine[Any, Any, Created], outcomes: Counter, seconds: Histogram) -> Created:
+    began = time.monotonic()
+    try:
+        created = await work
+    except PandastackError as error:
+        outcomes.labels(error.code).inc()
+        raise
+    except BaseException:
+        outcomes.labels("internal").inc()
+        raise
+    outcomes.labels("replayed" if created.replayed else "ok").inc()
+    if not created.replayed:
+        seconds.observe(time.monotonic() - began)
+    return created
 
 
 def digest(meaning: Any) -> bytes:

@@ -25,7 +25,7 @@ from pandastack.errors import (
     TemplateNotFound,
     TemplateNotReady,
 )
-from pandastack.wire.host import EventKind, HostCreate, HostEvent, HostFork, HostSandbox, HostSnapshot
+from pandastack.wire.host import EventKind, HostCreate, HostEvent, HostFork, HostRewind, HostRewound, HostSandbox, HostSnapshot
 from pandastack.wire.ids import ProcessId, SandboxId, SnapshotId
 from pandastack.wire.templates import TemplateState
 
@@ -213,16 +213,36 @@ class FakeStates:
             ids = [child.id for child in request.children]
             if all(child in self.sandboxes for child in ids):
                 return [self.sandboxes[child].state for child in ids]
-            parent = self._usable(request.parent)
+            if request.snapshot is None:
+                parent, files = self._usable(request.parent), self._find(request.parent).files
+            else:
+                parent, files = self._find(request.parent), self._own(request.parent, request.snapshot).files
             await self._step("fork")
             self._check_room(parent.state.memory_mb, count=len(ids))
             for child in request.children:
                 wanted = parent.request.model_copy(update={"id": child.id, "hostname": child.hostname, "snapshot": None})
                 facts = {"id": child.id, "status": "running", "status_reason": None, "boot_mode": "fork", "stored_bytes": 0}
                 state = parent.state.model_copy(update=facts)
-                self.sandboxes[child.id] = FakeSandbox(wanted, state, parent.files.copied(), active_at=self._now())
+                self.sandboxes[child.id] = FakeSandbox(wanted, state, files.copied(), active_at=self._now())
             await self._step("fork.after", undo=ids)
             return [self.sandboxes[child].state for child in ids]
+
+    async def rewind(self, request: HostRewind) -> HostRewound:
+        async with self._lock(request.sandbox):
+            found, saved = self._find(request.sandbox), self._own(request.sandbox, request.snapshot)
+            await self._step("rewind")
+            self._check_room(found.state.memory_mb, count=0 if found.state.status == "failed" else 1)
+            undo = None
+            if request.undo is not None and found.state.status != "failed":
+                undo = self._save(found, request.undo)
+            await self._step("rewind.after", undo_snapshot=request.undo)
+            self._put_away(found)
+            found.files, found.active_at = saved.files.copied(), self._now()
+            found.state = found.state.model_copy(update={"boot_mode": "rewind", "boot_ms": 1})
+            found.become("running")
+            self._tell("running", request.sandbox, None)
+            await self._step("rewind.done")
+            return HostRewound(sandbox=self._state(found), undo=undo)
 
     # The contract: snapshots
 
@@ -231,21 +251,7 @@ class FakeStates:
             if snapshot_id in self.snapshots:
                 return self.snapshots[snapshot_id].saved
             await self._step("snapshot")
-            found = self._usable(sandbox_id)
-            state = found.state
-            saved = HostSnapshot(
-                id=snapshot_id,
-                sandbox_id=sandbox_id,
-                template=state.template,
-                template_actual=state.template_actual,
-                runtime=state.runtime,
-                cpu=state.cpu,
-                memory_mb=state.memory_mb,
-                disk_mb=state.disk_mb,
-                size_bytes=SAVED_BYTES,
-                created_us=time.time_ns() // 1000,
-            )
-            self.snapshots[snapshot_id] = FakeSnapshot(saved, found.files.copied(), found.stored or object())
+            saved = self._save(self._usable(sandbox_id), snapshot_id)
             await self._step("snapshot.after", undo_snapshot=snapshot_id)
             return saved
 
@@ -330,6 +336,29 @@ class FakeStates:
         if snapshot_id not in self.snapshots:
             raise SnapshotNotFound("no such snapshot")
         return self.snapshots[snapshot_id]
+
+    def _save(self, found: FakeSandbox, snapshot_id: SnapshotId) -> HostSnapshot:
+        state = found.state
+        saved = HostSnapshot(
+            id=snapshot_id,
+            sandbox_id=state.id,
+            template=state.template,
+            template_actual=state.template_actual,
+            runtime=state.runtime,
+            cpu=state.cpu,
+            memory_mb=state.memory_mb,
+            disk_mb=state.disk_mb,
+            size_bytes=SAVED_BYTES,
+            created_us=time.time_ns() // 1000,
+        )
+        self.snapshots[snapshot_id] = FakeSnapshot(saved, found.files.copied(), found.stored or object())
+        return saved
+
+    def _own(self, sandbox_id: SandboxId, snapshot_id: SnapshotId) -> FakeSnapshot:
+        found = self._saved(snapshot_id)
+        if found.saved.sandbox_id != sandbox_id:
+            raise Conflict("this snapshot is of another sandbox", hint="create a sandbox from it instead (from_snapshot)")
+        return found
 
     def _in_memory(self) -> builtins.list[HostSandbox]:
         return [found.state for found in self.sandboxes.values() if found.state.status != "hibernated"]

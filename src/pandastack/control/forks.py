@@ -3,8 +3,9 @@
     fork:     rows `creating` for all children (durable) -> host.fork -> all rows `running` + answer; see `creates`
     promote:  delete the other children of the same fork
 
-A child has its parent's ttl, unless the metadata of the fork has an `explore_ttl`: existing clients bound their candidates by it.
-All children of a fork have one `fork_tree_id` and one `fork_parent_id`, as columns and, for existing clients, in their metadata.
+With a point given (`at`), the children are what the parent was then, whatever it is by now. A child has its parent's ttl, unless the
+metadata of the fork has an `explore_ttl`: existing clients bound their candidates by it. All children of a fork have one `fork_tree_id`
+and one `fork_parent_id`, as columns and, for existing clients, in their metadata.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pandastack.control.settings import ControlSettings
 from pandastack.control.states import States
 from pandastack.control.store import Store
 from pandastack.control.store.sandboxes import SandboxRow
+from pandastack.control.store.snapshots import SnapshotRow
 from pandastack.control.work import Crew
 from pandastack.errors import Conflict, InvalidRequest, PandastackError, SandboxNotFound
 from pandastack.wire.host import HostChild, HostFork, HostSandbox
@@ -69,15 +71,22 @@ class Forks:
         """
         # What was asked, of whom: a key that was used for a create or another parent is used with another body.
         meaning = {"fork": parent_id, "metadata": request.metadata, "count": request.count}
+        if request.at is not None:
+            meaning["at"] = request.at
         asked = Request(caller.tenant, key, digest(meaning), count=request.count)
 
         async def plan(ids: Sequence[SandboxId]) -> Plan:
-            parent = await self._states.usable(caller, parent_id)
-            return self._plan(parent, request, ids)
+            if request.at is None:
+                return self._plan(await self._states.usable(caller, parent_id), request, ids, None)
+            # What the parent is by now makes no difference to what it was.
+            parent = await self._sandboxes.get(caller, parent_id)
+            return self._plan(parent, request, ids, await self._sandboxes.point(caller, parent, request.at, field="at"))
 
         return await self._creates.once(asked, plan, outcomes=self._meters.forks, seconds=self._meters.fork_s)
 
-    def _plan(self, parent: SandboxRow, request: ForkRequest | ForkTreeRequest, ids: Sequence[SandboxId]) -> Plan:
+    def _plan(
+        self, parent: SandboxRow, request: ForkRequest | ForkTreeRequest, ids: Sequence[SandboxId], point: SnapshotRow | None
+    ) -> Plan:
         tree_id, now_us = str(uuid.uuid4()), time.time_ns() // 1000
         metadata = {**parent.metadata, **request.metadata} | {TREE: tree_id, PARENT: parent.id}
         if len(metadata) > MAX_METADATA_KEYS + 2:
@@ -103,15 +112,23 @@ class Forks:
             )
             for child_id in ids
         ]
-        wanted = HostFork(parent=parent.id, children=[HostChild(id=child_id, hostname=f"sandbox-{child_id[:8]}") for child_id in ids])
+        children = [HostChild(id=child_id, hostname=f"sandbox-{child_id[:8]}") for child_id in ids]
+        wanted = HostFork(parent=parent.id, children=children, snapshot=point.id if point is not None else None)
 
         async def make() -> builtins.list[HostSandbox]:
             return await self._host.fork(wanted)
 
         def render(ends: Sequence[SandboxRow]) -> bytes:
             children = [view(row) for row in ends]
-            # The capture that children are made of is not kept, so there is no snapshot to name.
-            told = Forked(tree_id=tree_id, parent_id=parent.id, snapshot_id="", sandbox=children[0], children=children, at=when(now_us))
+            told = Forked(
+                tree_id=tree_id,
+                parent_id=parent.id,
+                # A capture that is made for the children only is not kept, so there is none to name.
+                snapshot_id=point.id if point is not None else "",
+                sandbox=children[0],
+                children=children,
+                at=when(now_us),
+            )
             return told.model_dump_json().encode()
 
         return Plan(rows, make, self._settings.state_timeout_s, render)

@@ -16,13 +16,15 @@ from typing import Any
 
 from pydantic_core import to_json
 
+from pandastack.control.checkpoints import Checkpoints
 from pandastack.control.hosts import Host, closing, deadline
 from pandastack.control.meters import Meters
 from pandastack.control.settings import ControlSettings
+from pandastack.control.store.sandboxes import SandboxRow
 from pandastack.errors import GuestGone, PandastackError, SandboxTimeout, ServerError
 from pandastack.wire.host import Output, ProcessExit
 from pandastack.wire.ids import ProcessId, SandboxId, new_process_id
-from pandastack.wire.processes import ExecRequest, ExecResult, ProcessView, SignalRequest
+from pandastack.wire.processes import ExecRequest, ExecResult, ProcessStart, ProcessView, SignalRequest
 
 DEFAULT_OUTPUT_BYTES = 1 << 20
 Items = AsyncIterator[ProcessView | Output | ProcessExit]
@@ -117,8 +119,9 @@ class Following:
 class Gateway:
     """The way to one host."""
 
-    def __init__(self, host: Host, settings: ControlSettings, meters: Meters) -> None:
+    def __init__(self, host: Host, checkpoints: Checkpoints, settings: ControlSettings, meters: Meters) -> None:
         self._host = host
+        self._checkpoints = checkpoints
         self._settings = settings
         self._meters = meters
 
@@ -128,7 +131,7 @@ class Gateway:
 
     # Commands
 
-    async def execute(self, sandbox_id: SandboxId, request: ExecRequest) -> ExecResult:
+    async def execute(self, row: SandboxRow, request: ExecRequest) -> ExecResult:
         """Run a command and wait for its end. Raises SandboxTimeout with what it had said."""
         request = self._limited(request)
         process_id = new_process_id()
@@ -136,8 +139,9 @@ class Gateway:
         heads = {"stdout": Head(limit), "stderr": Head(limit)}
         seen = {"stdout": 0, "stderr": 0}
         ended: ProcessExit | None = None
+        self._checkpoints.began(row, process_id, request)
         no_end = "no answer from the sandbox about the end of the command"
-        async with deadline(self._patience_s(request), no_end), closing(self._host.run(sandbox_id, request, process_id)) as items:
+        async with deadline(self._patience_s(request), no_end), closing(self._host.run(row.id, request, process_id)) as items:
             async for item in items:
                 if isinstance(item, Output):
                     heads[item.channel].add(item.data)
@@ -148,6 +152,7 @@ class Gateway:
                     process_id = ProcessId(item.id)
         if ended is None:
             raise GuestGone("the stream of the command ended without its exit code", process_id=process_id)
+        self._checkpoints.ended(row, process_id)
         totals = {"stdout": max(ended.stdout_bytes, seen["stdout"]), "stderr": max(ended.stderr_bytes, seen["stderr"])}
         self._meters.bytes_out.inc(seen["stdout"] + seen["stderr"])
         stdout, stdout_b64, cut_out = heads["stdout"].render(totals["stdout"], process_id=process_id, channel="stdout")
@@ -168,23 +173,39 @@ class Gateway:
             stderr_b64=stderr_b64,
         )
 
-    async def stream(self, sandbox_id: SandboxId, request: ExecRequest, *, as_bytes: bool) -> Following:
+    async def stream(self, row: SandboxRow, request: ExecRequest, *, as_bytes: bool) -> Following:
         """Start a command and return its events once the host has accepted it."""
-        request = self._limited(request)
-        items = self._host.run(sandbox_id, request, new_process_id())
-        return await self._follow(items, timeout_s=request.timeout_seconds, as_bytes=as_bytes, offsets=False)
+        request, process_id = self._limited(request), new_process_id()
+        self._checkpoints.began(row, process_id, request)
+        items = self._host.run(row.id, request, process_id)
+        return await self._follow(row, items, timeout_s=request.timeout_seconds, as_bytes=as_bytes, offsets=False)
 
-    async def attach(
-        self, sandbox_id: SandboxId, process_id: ProcessId, *, stdout_offset: int, stderr_offset: int, as_bytes: bool
-    ) -> Following:
-        items = self._host.attach(sandbox_id, process_id, stdout_offset=stdout_offset, stderr_offset=stderr_offset)
-        return await self._follow(items, timeout_s=None, as_bytes=as_bytes, offsets=True)
+    async def start(self, row: SandboxRow, request: ProcessStart) -> ProcessView:
+        """Start a process that nobody need follow."""
+        process_id = ProcessId(request.id) if request.id is not None else new_process_id()
+        async with self.deadline():
+            # The id is made up here, so that the call to the host can be repeated without starting a second process.
+            started = await self._host.start_process(row.id, request.model_copy(update={"id": process_id}))
+        self._checkpoints.began(row, process_id, request)
+        return started
+
+    async def attach(self, row: SandboxRow, process_id: ProcessId, *, stdout_offset: int, stderr_offset: int, as_bytes: bool) -> Following:
+        items = self._host.attach(row.id, process_id, stdout_offset=stdout_offset, stderr_offset=stderr_offset)
+        return await self._follow(row, items, timeout_s=None, as_bytes=as_bytes, offsets=True)
+
+    async def look(self, row: SandboxRow, process_id: ProcessId) -> ProcessView:
+        """How a process is, once."""
+        async with self.deadline():
+            found = await self._host.get_process(row.id, process_id)
+        if not found.running:
+            self._checkpoints.ended(row, process_id)
+        return found
 
     async def kill(self, sandbox_id: SandboxId, process_id: ProcessId) -> None:
         async with self.deadline():
             await self._host.signal_process(sandbox_id, process_id, SignalRequest(signal="KILL", tree=True))
 
-    async def _follow(self, items: Items, *, timeout_s: float | None, as_bytes: bool, offsets: bool) -> Following:
+    async def _follow(self, row: SandboxRow, items: Items, *, timeout_s: float | None, as_bytes: bool, offsets: bool) -> Following:
         async with AsyncExitStack() as undo:
             await undo.enter_async_context(closing(items))
             async with self.deadline():
@@ -192,11 +213,11 @@ class Gateway:
             if not isinstance(first, ProcessView):
                 raise GuestGone("the stream of the command ended before it began")
             undo.pop_all()
-        frames = self._frames(items, ProcessId(first.id), timeout_s=timeout_s, as_bytes=as_bytes, offsets=offsets)
+        frames = self._frames(row, items, ProcessId(first.id), timeout_s=timeout_s, as_bytes=as_bytes, offsets=offsets)
         return Following(ProcessId(first.id), frames)
 
     async def _frames(
-        self, items: Items, process_id: ProcessId, *, timeout_s: float | None, as_bytes: bool, offsets: bool
+        self, row: SandboxRow, items: Items, process_id: ProcessId, *, timeout_s: float | None, as_bytes: bool, offsets: bool
     ) -> AsyncIterator[bytes]:
         channels = {name: _Channel(name, as_bytes=as_bytes, offsets=offsets) for name in ("stdout", "stderr")}
         sent = self._meters.bytes_out
@@ -209,6 +230,7 @@ class Gateway:
                         if frame:
                             yield frame
                     elif isinstance(item, ProcessExit):
+                        self._checkpoints.ended(row, process_id)
                         yield b"".join(channel.rest() for channel in channels.values()) + _end(item, process_id, timeout_s)
                         return
                 raise GuestGone("the stream of the command ended without its exit code", process_id=process_id)

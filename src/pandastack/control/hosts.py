@@ -26,6 +26,8 @@ from pandastack.wire.host import (
     HostEvent,
     HostFork,
     HostInfo,
+    HostRewind,
+    HostRewound,
     HostSandbox,
     HostSnapshot,
     Output,
@@ -133,7 +135,17 @@ class Host(Protocol):
     async def fork(self, request: HostFork) -> builtins.list[HostSandbox]:
         """Running clones of a live sandbox, in order, each with an identity of its own. All or none; the parent goes on.
 
-        Raises as `hibernate` before there is a child, and as `create` after every child is gone again.
+        Raises as `hibernate` before there is a child, and as `create` after every child is gone again. With a snapshot the
+        parent may be in any state; raises Conflict where it is another sandbox's.
+        """
+        ...
+
+    async def rewind(self, request: HostRewind) -> HostRewound:
+        """A sandbox in any state becomes what it was at one of its own snapshots, and runs; id, name and machine id stay.
+
+        All or nothing: when it fails the sandbox goes on as it was, and there is no `undo`. Repeating it goes back once more.
+        Raises Conflict where the snapshot is another sandbox's, as `wake`, and as `hibernate` while `undo` is saved. One that
+        is in memory needs room for a second one until it is over (CapacityError).
         """
         ...
 

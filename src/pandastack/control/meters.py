@@ -33,7 +33,14 @@ class Meters:
         )
         self.fork_s = Histogram("pandastack_fork_seconds", "Successful forks, all children together.", registry=self.registry)
         self.snapshots = Counter(
-            "pandastack_snapshots", "Snapshots by outcome: ok or the error's code.", ["outcome"], registry=self.registry
+            "pandastack_snapshots", "Snapshots by outcome: ok, replayed, or the error's code.", ["outcome"], registry=self.registry
+        )
+        self.snapshot_s = Histogram("pandastack_snapshot_seconds", "Successful snapshots, until durable.", registry=self.registry)
+        self.checkpoints = Counter(
+            "pandastack_checkpoints", "Automatic points by outcome: ok or the error's code.", ["outcome"], registry=self.registry
+        )
+        self.restores = Counter(
+            "pandastack_restores", "Restores in place by outcome: ok or the error's code.", ["outcome"], registry=self.registry
         )
         self.verifications = Counter(
             "pandastack_snapshot_verifications", "Trial restores by outcome: ok, later, failed.", ["outcome"], registry=self.registry

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pandastack.control.access import Keys
+from pandastack.control.checkpoints import Checkpoints
 from pandastack.control.forks import Forks
 from pandastack.control.gateway import Gateway
+from pandastack.control.history import History
 from pandastack.control.hosts import Host
 from pandastack.control.meters import Meters
 from pandastack.control.reconcile import Reconciler
@@ -32,6 +34,8 @@ class Parts:
     sandboxes: Sandboxes
     states: States
     snapshots: Snapshots
+    checkpoints: Checkpoints
+    history: History
     forks: Forks
     usages: Usages
     bakes: Bakes

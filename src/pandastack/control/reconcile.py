@@ -1,4 +1,4 @@
-"""Keeps records and hosts in agreement: host events, the idle timer, trial restores, and a sweep over everything.
+"""Keeps records and hosts in agreement: host events, timers, trial restores, and a sweep over everything.
 
 The sweep is also how the process starts: there is no shutdown that anything depends on. It is free of races by the order
 in which it looks: a row is written before its host hears of it, and removed after its host has forgotten it. So
@@ -16,6 +16,7 @@ import time
 import structlog
 
 from pandastack.control.access import Keys
+from pandastack.control.checkpoints import Checkpoints
 from pandastack.control.creates import Creates
 from pandastack.control.hosts import Host, deadline
 from pandastack.control.meters import Meters
@@ -27,7 +28,7 @@ from pandastack.control.store import Store
 from pandastack.control.store.sandboxes import LOST, USABLE, SandboxRow
 from pandastack.control.store.snapshots import RESTORABLE, SnapshotRow
 from pandastack.control.work import Crew
-from pandastack.wire.host import HostSandbox
+from pandastack.wire.host import HostSandbox, HostSnapshot
 from pandastack.wire.ids import SandboxId, SnapshotId
 
 log = structlog.get_logger(__name__)
@@ -48,6 +49,7 @@ class Reconciler:
         sandboxes: Sandboxes,
         states: States,
         snapshots: Snapshots,
+        checkpoints: Checkpoints,
         keys: Keys,
         crew: Crew,
         settings: ControlSettings,
@@ -60,6 +62,7 @@ class Reconciler:
         self._sandboxes = sandboxes
         self._states = states
         self._snapshots = snapshots
+        self._checkpoints = checkpoints
         self._keys = keys
         self._settings = settings
         self._meters = meters
@@ -69,6 +72,7 @@ class Reconciler:
         self._crew.loop("events", self.follow_events, pause_s=0.0)
         self._crew.loop("expiry", self.expire, pause_s=self._settings.expiry_interval_s, wake=self._sandboxes.expiry_due)
         self._crew.loop("verify", self._snapshots.verify, pause_s=self._settings.sweep_interval_s, wake=self._snapshots.verify_due)
+        self._crew.loop("checkpoints", self._checkpoints.tick, pause_s=self._settings.checkpoint_interval_s)
         self._crew.loop("sweep", self.sweep_later, pause_s=self._settings.sweep_interval_s)
 
     # Events
@@ -79,11 +83,12 @@ class Reconciler:
             events = await self._host.events(self._seen_event, timeout_s=self._settings.event_wait_s)
         changed: dict[SandboxId, str | None] = {}
         for event in events:
-            if event.kind in ("failed", "gone"):
-                reason = event.reason or ("error" if event.kind == "failed" else "exited")
+            if event.kind == "gone":
+                reason = event.reason or "exited"
                 if await self._store.sandboxes.mark_failed_of_any_tenant(event.sandbox_id, reason, _now_us()):
                     log.info("sandbox.failed", sandbox=event.sandbox_id, reason=reason)
             else:
+                # One that failed may have been restored since.
                 changed[event.sandbox_id] = event.reason
             self._seen_event = max(self._seen_event, event.seq)
         for sandbox_id, why in changed.items():
@@ -148,7 +153,7 @@ class Reconciler:
         for row in rows:
             state = on_host.get(row.id)
             if row.status == "failed":
-                if row.status_reason == LOST and state is not None and state.status in USABLE:
+                if state is not None and state.status in USABLE and not self._states.changing(row.id):
                     work.append(self._crew.start("agree", self._states.agree(row.id)))
             elif state is None:
                 await self._store.sandboxes.mark_failed_of_any_tenant(row.id, LOST, _now_us())
@@ -166,15 +171,15 @@ class Reconciler:
     async def _sweep_snapshots(self) -> list[asyncio.Future[None]]:
         rows = await self._store.snapshots.list_of_any_tenant(*RESTORABLE)
         async with deadline(self._settings.host_timeout_s):
-            on_host = {saved.id for saved in await self._host.list_snapshots()}
+            on_host = {saved.id: saved for saved in await self._host.list_snapshots()}
         known = await self._store.snapshots.ids_of_any_tenant()
         for row in rows:
             if row.id not in on_host and await self._store.snapshots.mark_failed_of_any_tenant(row.id, MISSING):
                 log.warning("snapshot.missing", snapshot=row.id)
-        work = [self._crew.start("orphan", self._delete_orphan_snapshot(orphan)) for orphan in on_host - known]
+        work = [self._crew.start("orphan", self._delete_orphan_snapshot(orphan)) for orphan in on_host.keys() - known]
         for row in await self._store.snapshots.list_of_any_tenant("capturing", "deleting"):
-            if row.id not in self._snapshots.in_flight:
-                work.append(self._crew.start("finish delete", self._finish_snapshot(row)))
+            if not self._snapshots.is_in_flight(row.id):
+                work.append(self._crew.start("finish delete", self._finish_snapshot(row, on_host.get(row.id))))
         return work
 
     async def _delete_orphan(self, sandbox_id: SandboxId) -> None:
@@ -192,9 +197,11 @@ class Reconciler:
         async with deadline(self._settings.host_timeout_s):
             await self._host.delete_snapshot(snapshot_id)
 
-    async def _finish_snapshot(self, row: SnapshotRow) -> None:
-        if await self._store.snapshots.mark_deleting_of_any_tenant(row.id, (row.status,)):
-            await self._snapshots.finish_delete(row.id)
+    async def _finish_snapshot(self, row: SnapshotRow, saved: HostSnapshot | None) -> None:
+        if row.cause == "restore" and row.status == "capturing":
+            await self._snapshots.settle(row, saved)
+        elif await self._store.snapshots.mark_deleting_of_any_tenant(row.id, (row.status,)):
+            await self._creates.finish_delete_snapshot(row.id)
 
     async def sweep_later(self) -> None:
         """The sweep as a loop runs it, with the housekeeping that needs no hurry."""

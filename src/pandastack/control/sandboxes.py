@@ -29,6 +29,7 @@ from pandastack.control.store.snapshots import RESTORABLE, SnapshotRow
 from pandastack.control.templates import Bakes
 from pandastack.control.work import Crew
 from pandastack.errors import (
+    Conflict,
     InvalidRequest,
     NotFoundError,
     SandboxNotFound,
@@ -38,9 +39,17 @@ from pandastack.errors import (
 )
 from pandastack.wire.host import HostCreate, HostSandbox
 from pandastack.wire.ids import SandboxId, SnapshotId, TenantId, is_uuid
-from pandastack.wire.sandboxes import Lifecycle, LifecyclePatch, SandboxCreate, SandboxMetrics, SandboxView
+from pandastack.wire.sandboxes import (
+    Checkpoints,
+    CheckpointState,
+    Lifecycle,
+    LifecyclePatch,
+    SandboxCreate,
+    SandboxMetrics,
+    SandboxView,
+)
 
-_INSIDE = ("tenant_id", "created_us", "failed_us", "keep_awake_us")
+_INSIDE = ("tenant_id", "created_us", "failed_us", "keep_awake_us", "checkpoints", "checkpoint_error")
 
 
 def when(at_us: int) -> str:
@@ -81,7 +90,9 @@ class Sandboxes:
 
     async def create(self, caller: Caller, request: SandboxCreate, key: str | None) -> Created:
         """Make a sandbox, at most one per idempotency key. Raises what placement, the store and the host raise."""
-        asked = Request(caller.tenant, key, digest(request.model_dump(mode="json")), count=1)
+        # What is not given is left out, so that a key of an earlier version means the same.
+        left_out = {"checkpoints"} if request.checkpoints is None else None
+        asked = Request(caller.tenant, key, digest(request.model_dump(mode="json", exclude=left_out)), count=1)
 
         async def plan(ids: Sequence[SandboxId]) -> Plan:
             return await self._plan(caller, request, ids[0])
@@ -89,7 +100,8 @@ class Sandboxes:
         return await self._creates.once(asked, plan, outcomes=self._meters.creates, seconds=self._meters.create_s)
 
     async def _plan(self, caller: Caller, request: SandboxCreate, sandbox_id: SandboxId) -> Plan:
-        snapshot = await self._snapshot(caller, request.from_snapshot) if request.from_snapshot is not None else None
+        source = request.from_snapshot
+        snapshot = await self._snapshot(caller, source, field="from_snapshot") if source is not None else None
         async with deadline(self._settings.host_timeout_s):
             info = await self._host.describe()
         place = placement.choose(request, [info], self._settings, snapshot)
@@ -109,6 +121,7 @@ class Sandboxes:
             created_us=time.time_ns() // 1000,
             metadata=request.metadata,
             from_snapshot=snapshot.id if snapshot is not None else None,
+            checkpoints=request.checkpoints.model_dump() if request.checkpoints is not None else None,
         )
         wanted = HostCreate(
             id=row.id,
@@ -126,20 +139,32 @@ class Sandboxes:
                 return [await self._host.create(wanted)]
             except SnapshotNotFound as error:
                 # Deleted between our look and the host's.
-                raise _no_snapshot() from error
+                raise _no_snapshot("from_snapshot") from error
 
         # A restore reads what was in memory, which may take longer than any boot.
         timeout_s = self._settings.create_timeout_s if snapshot is None else self._settings.state_timeout_s
         return Plan([row], make, timeout_s, lambda ends: view(ends[0]).model_dump_json().encode())
 
-    async def _snapshot(self, caller: Caller, snapshot_id: str) -> SnapshotRow:
+    async def _snapshot(self, caller: Caller, snapshot_id: str, *, field: str) -> SnapshotRow:
         """The snapshot to start from. A 400, because the request is wrong, not its address."""
         row = await self._store.snapshots.find(caller.tenant, SnapshotId(snapshot_id)) if is_uuid(snapshot_id) else None
         if row is None or row.status == "deleting":
-            raise _no_snapshot()
+            raise _no_snapshot(field)
         if row.status not in RESTORABLE:
             reason = (row.status_reason or "failed") if row.status == "failed" else "unfinished"
-            raise SnapshotUnusable(f"this snapshot can not be used ({reason})", field="from_snapshot", reason=reason)
+            raise SnapshotUnusable(f"this snapshot can not be used ({reason})", field=field, reason=reason)
+        return row
+
+    async def point(self, caller: Caller, sandbox: SandboxRow, snapshot_id: str, *, field: str) -> SnapshotRow:
+        """A snapshot of this very sandbox. Raises Conflict for another one's."""
+        row = await self._snapshot(caller, snapshot_id, field=field)
+        if row.sandbox_id != sandbox.id:
+            raise Conflict(
+                "this point belongs to another sandbox",
+                hint="`create` with `from_snapshot` makes a sandbox of it",
+                field=field,
+                sandbox_id=row.sandbox_id,
+            )
         return row
 
     # Read
@@ -178,18 +203,31 @@ class Sandboxes:
             idle_reason=reason,
             status=row.status,
             keep_awake_until=until,
+            checkpoints=await self._checkpoints(row),
         )
+
+    async def _checkpoints(self, row: SandboxRow) -> CheckpointState | None:
+        if row.checkpoints is None:
+            return None
+        points = await self._store.snapshots.automatic_of_any_tenant(row.id)
+        size_bytes = sum(point.size_bytes for point in points)
+        return CheckpointState(**row.checkpoints, points=len(points), size_bytes=size_bytes, last_error=row.checkpoint_error)
 
     async def set_lifecycle(self, caller: Caller, sandbox_id: str, patch: LifecyclePatch) -> Lifecycle:
         """Effective at once, also where it makes the sandbox due now."""
         row = await self.get(caller, sandbox_id)
-        if patch.ttl_seconds is None and patch.persistent is None and patch.keep_awake_seconds is None:
-            raise InvalidRequest("give ttl_seconds, persistent or keep_awake_seconds", field="ttl_seconds")
+        if all(value is None for value in (patch.ttl_seconds, patch.persistent, patch.keep_awake_seconds, patch.checkpoints)):
+            raise InvalidRequest("give ttl_seconds, persistent, keep_awake_seconds or checkpoints", field="ttl_seconds")
         if patch.ttl_seconds is not None:
             placement.check_ttl(patch.ttl_seconds, self._settings)
         awake_us = None if patch.keep_awake_seconds is None else time.time_ns() // 1000 + patch.keep_awake_seconds * 1_000_000
         changed = await self._store.sandboxes.set_lifecycle(
-            caller.tenant, row.id, ttl_seconds=patch.ttl_seconds, persistent=patch.persistent, keep_awake_us=awake_us
+            caller.tenant,
+            row.id,
+            ttl_seconds=patch.ttl_seconds,
+            persistent=patch.persistent,
+            keep_awake_us=awake_us,
+            checkpoints=patch.checkpoints.model_dump() if isinstance(patch.checkpoints, Checkpoints) else patch.checkpoints,
         )
         if not changed:
             raise SandboxNotFound("no such sandbox")
@@ -225,8 +263,8 @@ def not_usable(row: SandboxRow) -> SandboxNotRunning:
     return SandboxNotRunning(f"the sandbox is {row.status}{reason}", sandbox_status=row.status, status_reason=row.status_reason)
 
 
-def _no_snapshot() -> SnapshotNotFound:
-    return SnapshotNotFound("no such snapshot", http_status=400, field="from_snapshot")
+def _no_snapshot(field: str) -> SnapshotNotFound:
+    return SnapshotNotFound("no such snapshot", http_status=400, field=field)
 
 
 def _idleness(known: HostSandbox) -> str | None:

@@ -48,6 +48,8 @@ class ControlSettings(BaseSettings):
     sweep_interval_s: float = Field(30.0, gt=0)
     event_wait_s: float = Field(20.0, gt=0)
     hibernate_retry_s: float = Field(60.0, gt=0, description="how long after a failure an idle sandbox is hibernated again")
+    checkpoint_interval_s: float = Field(1.0, gt=0, description="how often is looked which points are due by time")
+    checkpoint_retry_s: float = Field(30.0, ge=0, description="how long after a failure a sandbox takes no point by itself")
     failed_keep_s: int = Field(3600, ge=0, description="a failed sandbox that is not persistent is deleted after so long")
     shutdown_hibernate_s: float = Field(
         60.0, ge=0, description="how long a stop may take to hibernate persistent sandboxes; 0 leaves them running"

@@ -2,7 +2,7 @@
 
     capture: row `capturing` (durable) -> host.snapshot -> row `durable` -> answer
     verify:  host.verify_snapshot, later and one at a time -> row `verified`, or `failed` with the reason
-    delete:  row `deleting` (durable) -> host.delete_snapshot -> no row
+    delete:  row `deleting` (durable) -> host.delete_snapshot -> no row (in `creates`, because a sandbox takes its automatic ones along)
 
 As with sandboxes: a row is written before its host hears of a snapshot and removed after the host has forgotten it, each
 step can be repeated, and `reconcile` runs the second half of `delete` for what was begun and is finished by nobody.
@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any
 
 import structlog
 
 from pandastack.control.access import Caller
+from pandastack.control.creates import Created, Creates, Request, digest
 from pandastack.control.hosts import Host, deadline
 from pandastack.control.meters import Meters
 from pandastack.control.quotas import Quotas
@@ -33,13 +35,13 @@ from pandastack.errors import (
     Conflict,
     DiskFull,
     GuestError,
-    PandastackError,
     RuntimeFailed,
     SnapshotNotFound,
     SnapshotUnusable,
 )
+from pandastack.wire.host import HostSnapshot
 from pandastack.wire.ids import SnapshotId, TenantId, is_uuid, new_snapshot_id
-from pandastack.wire.snapshots import SnapshotView
+from pandastack.wire.snapshots import SnapshotCause, SnapshotView
 from pandastack.wire.usage import StateUsage
 
 log = structlog.get_logger(__name__)
@@ -65,6 +67,8 @@ def view(row: SnapshotRow, usage: StateUsage | None = None) -> SnapshotView:
         memory_mb=row.memory_mb,
         disk_mb=row.disk_mb,
         runtime=row.runtime,
+        cause=row.cause,
+        label=row.label,
     )
 
 
@@ -72,44 +76,71 @@ class Snapshots:
     """Everything that can be asked about a snapshot, for one host."""
 
     def __init__(
-        self, store: Store, host: Host, states: States, crew: Crew, quotas: Quotas, settings: ControlSettings, meters: Meters
+        self,
+        store: Store,
+        host: Host,
+        creates: Creates,
+        states: States,
+        crew: Crew,
+        quotas: Quotas,
+        settings: ControlSettings,
+        meters: Meters,
     ) -> None:
         self._store = store
         self._host = host
+        self._creates = creates
         self._states = states
         self._crew = crew
         self._quotas = quotas
         self._settings = settings
         self._meters = meters
-        # Ids that are being captured in this process: the sweep leaves them alone.
-        self.in_flight: set[SnapshotId] = set()
+        self._in_flight: set[SnapshotId] = set()
         # Set when there is one to verify.
         self.verify_due = asyncio.Event()
 
     # Capture
 
-    async def capture(self, caller: Caller, sandbox_id: str) -> SnapshotRow:
-        """Durable when this returns. The sandbox goes on as it was: nothing is woken or resumed for it."""
-        sandbox = await self._states.usable(caller, sandbox_id)
-        return await self._crew.finish("snapshot", self._counted(caller.tenant, sandbox))
+    async def capture(self, caller: Caller, sandbox_id: str, key: str | None) -> Created:
+        """Durable when this returns, at most one per idempotency key. The sandbox goes on as it was: nothing is woken or resumed for it."""
+        request = Request(caller.tenant, key, digest({"snapshot": sandbox_id}), count=1)
 
-    async def _counted(self, tenant: TenantId, sandbox: SandboxRow) -> SnapshotRow:
-        outcome = "internal"
-        try:
-            row = await self._capture(tenant, sandbox)
-            outcome = "ok"
-            return row
-        except PandastackError as error:
-            outcome = error.code
-            raise
-        finally:
-            self._meters.snapshots.labels(outcome).inc()
+        async def work() -> Created:
+            if (before := await self._creates.answered(request)) is not None:
+                return before
+            return await self._capture(request, await self._states.usable(caller, sandbox_id))
 
-    async def _capture(self, tenant: TenantId, sandbox: SandboxRow) -> SnapshotRow:
+        return await self._creates.joined(request, work, outcomes=self._meters.snapshots, seconds=self._meters.snapshot_s)
+
+    async def _capture(self, request: Request, sandbox: SandboxRow) -> Created:
         size_bytes, admit = await self._quotas.foresee(sandbox)
-        row = SnapshotRow(
+        row = self.planned(sandbox, cause="request", size_bytes=size_bytes)
+        with self.in_flight(row.id):
+            if (raced := await self._creates.begin(request, [row], admit)) is not None:
+                return raced
+            async with self.undone(row.id):
+                facts = await self._saved(row)
+                answer = view(_durable(row, facts)).model_dump_json().encode()
+                if not await self._store.creates.complete_snapshot(row.tenant_id, row.id, facts, response_status=201, response_body=answer):
+                    raise _deleted_meanwhile()
+        self.verify_due.set()
+        return Created(201, answer)
+
+    async def checkpoint(self, sandbox: SandboxRow, label: str) -> SnapshotRow:
+        """A point that nobody asked for, durable when this returns. The caller finishes it and counts it."""
+        size_bytes, admit = await self._quotas.foresee(sandbox)
+        row = self.planned(sandbox, cause="checkpoint", label=label, size_bytes=size_bytes)
+        with self.in_flight(row.id):
+            await self._store.snapshots.insert(row.tenant_id, row, admit)
+            async with self.undone(row.id):
+                facts = await self._saved(row)
+                await self.complete(row, facts)
+        return _durable(row, facts)
+
+    def planned(self, sandbox: SandboxRow, *, cause: SnapshotCause, label: str = "", size_bytes: int = 0) -> SnapshotRow:
+        """The row as it begins. `size_bytes` is what it will take, about, where somebody counts."""
+        return SnapshotRow(
             id=new_snapshot_id(),
-            tenant_id=tenant,
+            tenant_id=sandbox.tenant_id,
             host_id=sandbox.host_id,
             sandbox_id=sandbox.id,
             status="capturing",
@@ -120,36 +151,51 @@ class Snapshots:
             memory_mb=sandbox.memory_mb,
             disk_mb=sandbox.disk_mb,
             created_us=time.time_ns() // 1000,
+            cause=cause,
+            label=label,
             size_bytes=size_bytes,
         )
-        self.in_flight.add(row.id)
-        try:
-            await self._store.snapshots.insert(tenant, row, admit)
-            return await self._save(row)
-        finally:
-            self.in_flight.discard(row.id)
 
-    async def _save(self, row: SnapshotRow) -> SnapshotRow:
-        """The steps with side effects. On any failure nothing is left, or the row stays for `reconcile` to undo."""
+    @contextlib.contextmanager
+    def in_flight(self, snapshot_id: SnapshotId) -> Iterator[None]:
+        """It is being made in this process: the sweep leaves it alone."""
+        self._in_flight.add(snapshot_id)
         try:
-            async with deadline(self._settings.state_timeout_s, "the snapshot was not finished in time"):
-                saved = await self._host.snapshot(row.sandbox_id, row.id)
-            facts = {
-                "size_bytes": saved.size_bytes,
-                "template_actual": saved.template_actual,
-                "runtime": saved.runtime,
-                "cpu": saved.cpu,
-                "memory_mb": saved.memory_mb,
-                "disk_mb": saved.disk_mb,
-            }
-            if not await self._store.snapshots.complete(row.tenant_id, row.id, facts):
-                raise Conflict("the snapshot was deleted while it was being made")
+            yield
+        finally:
+            self._in_flight.discard(snapshot_id)
+
+    def is_in_flight(self, snapshot_id: SnapshotId) -> bool:
+        return snapshot_id in self._in_flight
+
+    @contextlib.asynccontextmanager
+    async def undone(self, snapshot_id: SnapshotId) -> AsyncIterator[None]:
+        """On any failure in the block nothing is left, or the row stays for `reconcile` to undo."""
+        try:
+            yield
         except BaseException:
             with contextlib.suppress(Exception):
-                await self._crew.finish("undo snapshot", self.finish_delete(row.id))
+                await self._crew.finish("undo snapshot", self._creates.finish_delete_snapshot(snapshot_id))
             raise
-        self.verify_due.set()
-        return SnapshotRow(**{**vars(row), **facts, "status": "durable"})
+
+    async def _saved(self, row: SnapshotRow) -> dict[str, Any]:
+        async with deadline(self._settings.state_timeout_s, "the snapshot was not finished in time"):
+            return facts_of(await self._host.snapshot(row.sandbox_id, row.id))
+
+    async def complete(self, row: SnapshotRow, facts: Mapping[str, Any]) -> None:
+        """Raises Conflict where it was deleted meanwhile."""
+        if not await self._store.snapshots.complete(row.tenant_id, row.id, facts):
+            raise _deleted_meanwhile()
+
+    async def settle(self, row: SnapshotRow, saved: HostSnapshot | None = None) -> None:
+        """An undo point whose restore was not seen to its end: kept where its host has it, because it may be all that is left."""
+        if saved is None:
+            async with deadline(self._settings.host_timeout_s):
+                saved = next((found for found in await self._host.list_snapshots() if found.id == row.id), None)
+        if saved is not None:
+            await self._store.snapshots.complete(row.tenant_id, row.id, facts_of(saved))
+        else:
+            await self._creates.finish_delete_snapshot(row.id)
 
     # Read
 
@@ -160,8 +206,10 @@ class Snapshots:
             raise _unknown()
         return row
 
-    async def list(self, caller: Caller, *, sandbox_id: str | None) -> Sequence[SnapshotRow]:
-        return await self._store.snapshots.list(caller.tenant, sandbox_id=sandbox_id)
+    async def list(
+        self, caller: Caller, *, sandbox_id: str | None, automatic: bool = False, limit: int | None = None
+    ) -> Sequence[SnapshotRow]:
+        return await self._store.snapshots.list(caller.tenant, sandbox_id=sandbox_id, automatic=automatic, limit=limit)
 
     async def _find(self, caller: Caller, snapshot_id: str) -> SnapshotRow:
         row = await self._store.snapshots.find(caller.tenant, SnapshotId(snapshot_id)) if is_uuid(snapshot_id) else None
@@ -173,7 +221,7 @@ class Snapshots:
 
     async def verify(self) -> None:
         """Try a restore of each that was not verified yet, oldest first. One at a time, because each takes a sandbox's memory."""
-        for row in await self._store.snapshots.list_of_any_tenant("durable"):
+        for row in await self._store.snapshots.unverified_of_any_tenant():
             outcome = "later"
             try:
                 outcome = await self._verify(row.id)
@@ -213,13 +261,27 @@ class Snapshots:
             if row.status == "capturing":
                 raise Conflict("the snapshot is still being captured", hint="delete it when it is durable")
             raise _unknown()
-        await self.finish_delete(row.id)
+        await self._creates.finish_delete_snapshot(row.id)
 
-    async def finish_delete(self, snapshot_id: SnapshotId) -> None:
-        """The second half of a delete, and the undo of a capture; repeating it is harmless."""
-        async with deadline(self._settings.host_timeout_s):
-            await self._host.delete_snapshot(snapshot_id)
-        await self._store.snapshots.remove_of_any_tenant(snapshot_id)
+
+def facts_of(saved: HostSnapshot) -> dict[str, Any]:
+    """What a host's answer adds to the record."""
+    return {
+        "size_bytes": saved.size_bytes,
+        "template_actual": saved.template_actual,
+        "runtime": saved.runtime,
+        "cpu": saved.cpu,
+        "memory_mb": saved.memory_mb,
+        "disk_mb": saved.disk_mb,
+    }
+
+
+def _durable(row: SnapshotRow, facts: Mapping[str, Any]) -> SnapshotRow:
+    return SnapshotRow(**{**vars(row), **facts, "status": "durable"})
+
+
+def _deleted_meanwhile() -> Conflict:
+    return Conflict("the snapshot was deleted while it was being made")
 
 
 def _unknown() -> SnapshotNotFound:

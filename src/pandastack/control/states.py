@@ -207,6 +207,15 @@ class States:
                 raise SandboxNotFound("no such sandbox") if row is None else not_usable(row)
             return state
 
+    async def rewound(self, sandbox_id: SandboxId, ask: Callable[[], Awaitable[HostSandbox]]) -> HostSandbox:
+        """The same for a restore, which also ends that a sandbox is failed."""
+        async with self._turns.of(sandbox_id):
+            async with deadline(self._settings.state_timeout_s, SLOW):
+                state = await ask()
+            if not await self._store.sandboxes.mark_restored_of_any_tenant(sandbox_id, boot_mode=state.boot_mode, boot_ms=state.boot_ms):
+                raise SandboxNotFound("no such sandbox")
+            return state
+
     async def _record(self, state: HostSandbox, reason: str | None) -> bool:
         return await self._store.sandboxes.set_state_of_any_tenant(
             state.id, state.status, reason, boot_mode=state.boot_mode, boot_ms=state.boot_ms

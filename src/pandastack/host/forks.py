@@ -24,6 +24,7 @@ from pandastack.host.runtimes.base import Machine
 from pandastack.host.sandbox import Sandbox
 from pandastack.host.states import States
 from pandastack.wire.host import HostChild, HostCreate, HostFork
+from pandastack.wire.ids import SnapshotId
 
 T = TypeVar("T")
 
@@ -47,13 +48,13 @@ class Forks:
         if all(known):
             return [sandbox for sandbox in known if sandbox is not None]
         parent = self._registry.get(request.parent)
-        return await self._states.once("fork", request.children[0].id, lambda: self._fork(parent, request.children))
+        return await self._states.once("fork", request.children[0].id, lambda: self._fork(parent, request.children, request.snapshot))
 
-    async def _fork(self, parent: Sandbox, children: Sequence[HostChild]) -> list[Sandbox]:
+    async def _fork(self, parent: Sandbox, children: Sequence[HostChild], snapshot: SnapshotId | None) -> list[Sandbox]:
         with self._registry.machines.refills.paused():
-            return await self._make(parent, children)
+            return await self._make(parent, children, snapshot)
 
-    async def _make(self, parent: Sandbox, children: Sequence[HostChild]) -> list[Sandbox]:
+    async def _make(self, parent: Sandbox, children: Sequence[HostChild], snapshot: SnapshotId | None) -> list[Sandbox]:
         started = time.monotonic()
         entries = [_entry(parent, child) for child in children]
         async with contextlib.AsyncExitStack() as undo:
@@ -66,7 +67,7 @@ class Forks:
             # Machines are prepared while the parent is captured; on a machine with two cores neither hurts the other much.
             preparing = [asyncio.create_task(self._prepare(parent, guest), name=f"prepare {entry.request.id}") for entry in entries]
             undo.push_async_callback(self._discard, preparing)
-            async with self._captured(parent) as folder:
+            async with self._captured(parent) if snapshot is None else self._kept(parent, snapshot) as folder:
                 children_made = [self._child(task, folder, entry, undo) for task, entry in zip(preparing, entries, strict=True)]
                 made = await _every(children_made)
             for sandbox in made:
@@ -110,6 +111,11 @@ class Forks:
 
     def _clear(self, name: str, folder: Path) -> None:
         self._states.later(name, asyncio.to_thread(shutil.rmtree, folder, True))
+
+    @contextlib.asynccontextmanager
+    async def _kept(self, parent: Sandbox, snapshot: SnapshotId) -> AsyncIterator[Path]:
+        """The same of an earlier moment; whatever the parent is by now, it stays that."""
+        yield self._states.key(await self._states.own(parent, snapshot)).snapshot
 
     async def _child(self, preparing: asyncio.Task[Machine], folder: Path, entry: Entry, undo: contextlib.AsyncExitStack) -> Sandbox:
         machine = await preparing

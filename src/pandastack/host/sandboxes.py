@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import structlog
 
 from pandastack.errors import (
+    Conflict,
     GuestError,
     GuestGone,
     GuestProtocolError,
@@ -206,10 +207,12 @@ class Sandboxes:
         """
         sandbox = self.registry.get(sandbox_id)
         sandbox.requests += 1
+        machine = sandbox.machine
         try:
             guest = sandbox.guest
             if guest is None or sandbox.frozen or sandbox.held or guest.closed or sandbox.status != "running":
                 guest = await self._reach(sandbox)
+            machine = sandbox.machine
             yield guest
         except GuestProtocolError as error:
             log.error("guest broke the protocol", sandbox_id=sandbox.id, error=str(error))
@@ -228,6 +231,8 @@ class Sandboxes:
                 raise not_running(sandbox, reason) from error
             if not self.registry.has(sandbox):
                 raise SandboxNotFound("the sandbox was deleted meanwhile", sandbox_id=sandbox.id) from error
+            if sandbox.machine is not machine and sandbox.entry.boot_mode == "rewind":
+                raise Conflict("the sandbox was restored to an earlier point while this request was under way") from error
             if sandbox.status == "hibernated":
                 raise SandboxNotRunning(
                     "the sandbox was hibernated while this request was under way",

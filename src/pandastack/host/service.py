@@ -14,6 +14,7 @@ from pandastack.errors import PandastackError
 from pandastack.host import files, processes, usage
 from pandastack.host.bakery import Bakery
 from pandastack.host.forks import Forks
+from pandastack.host.rewind import Rewinds
 from pandastack.host.runtimes.base import Probe
 from pandastack.host.sandboxes import Sandboxes
 from pandastack.wire.files import ChangeMode, FileEntry, FileEvent
@@ -22,6 +23,8 @@ from pandastack.wire.host import (
     HostEvent,
     HostFork,
     HostInfo,
+    HostRewind,
+    HostRewound,
     HostSandbox,
     HostSnapshot,
     Output,
@@ -48,6 +51,7 @@ class HostService:
         self._registry = sandboxes.registry
         self._states = sandboxes.states
         self._forks = forks
+        self._rewinds = Rewinds(self._states)
         self._bakery = bakery
         self._probe = probe
 
@@ -142,6 +146,10 @@ class HostService:
 
     async def fork(self, request: HostFork) -> builtins.list[HostSandbox]:
         return [self._registry.view(child) for child in await self._forks.fork(request)]
+
+    async def rewind(self, request: HostRewind) -> HostRewound:
+        sandbox, undo = await self._rewinds.rewind(request)
+        return HostRewound(sandbox=self._registry.view(sandbox), undo=undo)
 
     async def snapshot(self, sandbox_id: SandboxId, snapshot_id: SnapshotId) -> HostSnapshot:
         return await self._states.snapshot(self._registry.get(sandbox_id), snapshot_id)

@@ -156,7 +156,8 @@ class States:
                 await guest.seal(freeze=True, reason=reason, hook_timeout_s=HOOK_TIMEOUT_S, timeout_s=STILL_TIMEOUT_S)
                 yield machine
             finally:
-                if sandbox.status in ("running", "paused"):
+                # With another machine by now, this one is over.
+                if sandbox.machine is machine and sandbox.status in ("running", "paused"):
                     await asyncio.shield(asyncio.ensure_future(self._go_on(sandbox, machine, guest)))
         finally:
             sandbox.held = False
@@ -213,6 +214,13 @@ class States:
         saved_limits = Limits(cpu=origin.cpu, memory_mib=origin.memory_mb, disk_mib=origin.disk_mb)
         return SlotKey(rootfs, limits or saved_limits, saved.folder, guest)
 
+    async def own(self, sandbox: Sandbox, snapshot_id: SnapshotId) -> Saved:
+        """A snapshot of this very sandbox, checked. Raises as `Snapshots.check`, and Conflict for another sandbox's."""
+        saved = await self.snapshots.check(snapshot_id)
+        if saved.manifest.origin.sandbox_id != sandbox.id or saved.manifest.kind != "snapshot":
+            raise Conflict("this snapshot is of another sandbox", hint="create a sandbox from it instead (from_snapshot)")
+        return saved
+
     # Hibernate
 
     async def hibernate(self, sandbox: Sandbox, *, reason: str, idle_for_s: float | None = None) -> None:
@@ -265,7 +273,7 @@ class States:
             saved = self.snapshots.get(before.snapshot)
             fresh = identity.fresh(sandbox.id, before.request.hostname, before.env, machine_id=before.machine_id or None)
             async with self.registry.starts:
-                ready = await self._start(saved, sandbox.limits, fresh)
+                ready = await self.start(saved, sandbox.limits, fresh)
             undo.push_async_callback(self.registry.machines.discard_ready, ready)
             entry = before.model_copy(
                 update={
@@ -286,8 +294,11 @@ class States:
         self.registry.tell("running", sandbox.id)
         self.later(sandbox.id, self.snapshots.delete(saved.manifest.id))
 
-    async def _start(self, saved: Saved, limits: Limits, fresh: identity.Identity) -> Ready:
-        """A machine that goes on from a saved state, as soon as that has proved to be what was saved."""
+    async def start(self, saved: Saved, limits: Limits, fresh: identity.Identity) -> Ready:
+        """A machine that goes on from a saved state with this identity, as soon as that has proved to be what was saved.
+
+        All or nothing; the caller holds one of `registry.starts`.
+        """
         key = self.key(saved, limits)
         # Reading all of it twice, one after the other, would double the time. What is restored does nothing yet.
         restoring = asyncio.create_task(self.registry.machines.restored(key, quiet=False, blank=True))

@@ -71,6 +71,7 @@ class AsyncSandbox(AsyncStates):
         *,
         disk_mb: int | None = None,
         env: Mapping[str, str] | None = None,
+        checkpoints: Mapping[str, int] | None = None,
         idempotency_key: str | None = None,
         cancel: CancelEvent | None = None,
         client: AsyncClient | None = None,
@@ -81,7 +82,7 @@ class AsyncSandbox(AsyncStates):
         """
         return Creating(lambda: (client or _default_async_client()).sandboxes.create(
             template, cpu, memory_mb, ttl_seconds, persistent, metadata, from_snapshot, volumes,
-            disk_mb=disk_mb, env=env, idempotency_key=idempotency_key, cancel=cancel,
+            disk_mb=disk_mb, env=env, checkpoints=checkpoints, idempotency_key=idempotency_key, cancel=cancel,
         ))  # fmt: skip
 
     @classmethod
@@ -284,17 +285,21 @@ class AsyncSandboxes:
         *,
         disk_mb: int | None = None,
         env: Mapping[str, str] | None = None,
+        checkpoints: Mapping[str, int] | None = None,
         idempotency_key: str | None = None,
         cancel: CancelEvent | None = None,
     ) -> AsyncSandbox:
         """Start a sandbox and wait until it runs. Sizes are MiB; limits left out come from the template.
+
+        `checkpoints` is what `sandbox.checkpoints` takes, such as `{"every_execs": 1}`.
 
         While the server is full it is asked again for up to `max_create_retry_seconds`; setting `cancel` (an event) ends
         that with CreateCancelled. Every create carries a key, so a lost answer never makes a second sandbox.
         """
         call = calls.create(
             template=template, ttl_seconds=ttl_seconds, persistent=persistent, metadata=metadata, env=env, cpu=cpu,
-            memory_mb=memory_mb, disk_mb=disk_mb, from_snapshot=from_snapshot, volumes=volumes, idempotency_key=idempotency_key,
+            memory_mb=memory_mb, disk_mb=disk_mb, from_snapshot=from_snapshot, volumes=volumes, checkpoints=checkpoints,
+            idempotency_key=idempotency_key,
         )  # fmt: skip
         sandbox = AsyncSandbox(self._client, await self._client._call(call, cancel))
         # Older servers do not say it.
@@ -340,6 +345,7 @@ class AsyncSandboxes:
         count: None = None,
         cancel: CancelEvent | None = None,
         idempotency_key: str | None = None,
+        at: str | None = None,
     ) -> AsyncSandbox: ...
 
     @overload
@@ -351,6 +357,7 @@ class AsyncSandboxes:
         count: int,
         cancel: CancelEvent | None = None,
         idempotency_key: str | None = None,
+        at: str | None = None,
     ) -> builtins.list[AsyncSandbox]: ...
 
     async def fork(
@@ -361,9 +368,10 @@ class AsyncSandboxes:
         count: int | None = None,
         cancel: CancelEvent | None = None,
         idempotency_key: str | None = None,
+        at: str | None = None,
     ) -> AsyncSandbox | builtins.list[AsyncSandbox]:
-        """As `sandbox.fork`: one running copy, or with `count` a list of them."""
-        views = await self._client._call(fork_calls.fork(sandbox_id, metadata, count, idempotency_key), cancel)
+        """As `sandbox.fork`: one running copy, or with `count` a list of them; `at` is the point of a `fork_at`."""
+        views = await self._client._call(fork_calls.fork(sandbox_id, metadata, count, idempotency_key, at), cancel)
         children = [AsyncSandbox(self._client, view) for view in views]
         return children[0] if count is None else children
 
@@ -375,9 +383,10 @@ class AsyncSandboxes:
         *,
         cancel: CancelEvent | None = None,
         idempotency_key: str | None = None,
+        at: str | None = None,
     ) -> builtins.list[AsyncSandbox]:
         """As `sandbox.fork_tree`."""
-        views = await self._client._call(fork_calls.fork_tree(sandbox_id, count, metadata, idempotency_key), cancel)
+        views = await self._client._call(fork_calls.fork_tree(sandbox_id, count, metadata, idempotency_key, at), cancel)
         return [AsyncSandbox(self._client, view) for view in views]
 
     async def promote(self, sandbox_id: str, *, cleanup_siblings: bool = False, tree_id: str | None = None) -> Promoted:

@@ -17,6 +17,7 @@ from pandastack.wire.usage import Quota, SandboxUsage, WorkspaceUsage
 
 __all__ = [
     "BakeProgress",
+    "Checkpoints",
     "ExecResult",
     "FileEvent",
     "FileInfo",
@@ -47,6 +48,19 @@ class Lifecycle(TypedDict):
     idle_reason: NotRequired[str | None]
     status: NotRequired[str | None]
     keep_awake_until: NotRequired[str | None]
+    checkpoints: NotRequired[Checkpoints | None]
+
+
+class Checkpoints(TypedDict):
+    """The points that a sandbox takes by itself; `points` there are, of `size_bytes`. `last_error`: why the last try failed."""
+
+    every_execs: int | None
+    every_seconds: int | None
+    keep: int
+    max_mb: int
+    points: int
+    size_bytes: int
+    last_error: str | None
 
 
 class Promoted(TypedDict):
@@ -198,8 +212,9 @@ class Snapshot(Mapping[str, Any]):
     """The memory and the files of a sandbox at one moment; `create(from_snapshot=snapshot.id)` continues from there.
 
     `status` is `durable` (its bytes are on disk), `verified` (a restore of it was tried and worked) or `failed` (it was
-    tried and did not, `status_reason` says why). Of its `size_bytes` on disk a delete would free `own_bytes`; both parts are None
-    in lists. The facts can also be read as those of a dict: `snapshot["id"]`.
+    tried and did not, `status_reason` says why). `cause` says who took it: `request`, or, by itself, `checkpoint` (`label` is
+    the command after which) or `restore` (what the sandbox was before it was restored). Of its `size_bytes` on disk a delete would
+    free `own_bytes`; both parts are None in lists. The facts can also be read as those of a dict: `snapshot["id"]`.
     """
 
     id: str
@@ -217,6 +232,8 @@ class Snapshot(Mapping[str, Any]):
     disk_mb: int | None = None
     runtime: str | None = None
     workspace: str = ""
+    cause: str = "request"
+    label: str = ""
 
     def __getitem__(self, name: str) -> Any:
         if name not in self:

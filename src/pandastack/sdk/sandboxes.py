@@ -52,6 +52,7 @@ class Sandbox(States):
         *,
         disk_mb: int | None = None,
         env: Mapping[str, str] | None = None,
+        checkpoints: Mapping[str, int] | None = None,
         idempotency_key: str | None = None,
         cancel: CancelEvent | None = None,
         client: Client | None = None,
@@ -59,7 +60,7 @@ class Sandbox(States):
         """As `client.sandboxes.create`, with the client of the configuration unless one is given."""
         return (client or _default_client()).sandboxes.create(
             template, cpu, memory_mb, ttl_seconds, persistent, metadata, from_snapshot, volumes,
-            disk_mb=disk_mb, env=env, idempotency_key=idempotency_key, cancel=cancel,
+            disk_mb=disk_mb, env=env, checkpoints=checkpoints, idempotency_key=idempotency_key, cancel=cancel,
         )  # fmt: skip
 
     @classmethod
@@ -261,17 +262,21 @@ class Sandboxes:
         *,
         disk_mb: int | None = None,
         env: Mapping[str, str] | None = None,
+        checkpoints: Mapping[str, int] | None = None,
         idempotency_key: str | None = None,
         cancel: CancelEvent | None = None,
     ) -> Sandbox:
         """Start a sandbox and wait until it runs. Sizes are MiB; limits left out come from the template.
+
+        `checkpoints` is what `sandbox.checkpoints` takes, such as `{"every_execs": 1}`.
 
         While the server is full it is asked again for up to `max_create_retry_seconds`; setting `cancel` (an event) ends
         that with CreateCancelled. Every create carries a key, so a lost answer never makes a second sandbox.
         """
         call = calls.create(
             template=template, ttl_seconds=ttl_seconds, persistent=persistent, metadata=metadata, env=env, cpu=cpu,
-            memory_mb=memory_mb, disk_mb=disk_mb, from_snapshot=from_snapshot, volumes=volumes, idempotency_key=idempotency_key,
+            memory_mb=memory_mb, disk_mb=disk_mb, from_snapshot=from_snapshot, volumes=volumes, checkpoints=checkpoints,
+            idempotency_key=idempotency_key,
         )  # fmt: skip
         sandbox = Sandbox(self._client, self._client._call(call, cancel))
         # Older servers do not say it.
@@ -317,6 +322,7 @@ class Sandboxes:
         count: None = None,
         cancel: CancelEvent | None = None,
         idempotency_key: str | None = None,
+        at: str | None = None,
     ) -> Sandbox: ...
 
     @overload
@@ -328,6 +334,7 @@ class Sandboxes:
         count: int,
         cancel: CancelEvent | None = None,
         idempotency_key: str | None = None,
+        at: str | None = None,
     ) -> builtins.list[Sandbox]: ...
 
     def fork(
@@ -338,9 +345,10 @@ class Sandboxes:
         count: int | None = None,
         cancel: CancelEvent | None = None,
         idempotency_key: str | None = None,
+        at: str | None = None,
     ) -> Sandbox | builtins.list[Sandbox]:
-        """As `sandbox.fork`: one running copy, or with `count` a list of them."""
-        views = self._client._call(fork_calls.fork(sandbox_id, metadata, count, idempotency_key), cancel)
+        """As `sandbox.fork`: one running copy, or with `count` a list of them; `at` is the point of a `fork_at`."""
+        views = self._client._call(fork_calls.fork(sandbox_id, metadata, count, idempotency_key, at), cancel)
         children = [Sandbox(self._client, view) for view in views]
         return children[0] if count is None else children
 
@@ -352,9 +360,10 @@ class Sandboxes:
         *,
         cancel: CancelEvent | None = None,
         idempotency_key: str | None = None,
+        at: str | None = None,
     ) -> builtins.list[Sandbox]:
         """As `sandbox.fork_tree`."""
-        views = self._client._call(fork_calls.fork_tree(sandbox_id, count, metadata, idempotency_key), cancel)
+        views = self._client._call(fork_calls.fork_tree(sandbox_id, count, metadata, idempotency_key, at), cancel)
         return [Sandbox(self._client, view) for view in views]
 
     def promote(self, sandbox_id: str, *, cleanup_siblings: bool = False, tree_id: str | None = None) -> Promoted:

@@ -18,9 +18,9 @@ class Snapshots:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def list(self, sandbox_id: str | None = None) -> builtins.list[Snapshot]:
-        """The newest first; of one sandbox, or all. A snapshot outlives its sandbox."""
-        return self._client._call(calls.list_snapshots(sandbox_id))
+    def list(self, sandbox_id: str | None = None, *, automatic: bool = False) -> builtins.list[Snapshot]:
+        """The newest first; of one sandbox, or all. A snapshot outlives its sandbox; those that `automatic` adds do not."""
+        return self._client._call(calls.list_snapshots(sandbox_id, automatic))
 
     def get(self, snapshot_id: str) -> Snapshot:
         """Raises SnapshotNotFound."""
@@ -48,9 +48,9 @@ class AsyncSnapshots:
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
 
-    async def list(self, sandbox_id: str | None = None) -> builtins.list[Snapshot]:
-        """The newest first; of one sandbox, or all. A snapshot outlives its sandbox."""
-        return await self._client._call(calls.list_snapshots(sandbox_id))
+    async def list(self, sandbox_id: str | None = None, *, automatic: bool = False) -> builtins.list[Snapshot]:
+        """The newest first; of one sandbox, or all. A snapshot outlives its sandbox; those that `automatic` adds do not."""
+        return await self._client._call(calls.list_snapshots(sandbox_id, automatic))
 
     async def get(self, snapshot_id: str) -> Snapshot:
         """Raises SnapshotNotFound."""

@@ -11,7 +11,7 @@ from pandastack.sdk.branches import AsyncScore, Candidate, ExploreResult, OnOutc
 from pandastack.sdk.calls import sandboxes as calls
 from pandastack.sdk.calls import snapshots as snapshot_calls
 from pandastack.sdk.facts import Facts
-from pandastack.sdk.results import Lifecycle, Promoted
+from pandastack.sdk.results import Lifecycle, Promoted, Snapshot
 
 if TYPE_CHECKING:
     from pandastack.sdk.async_sandboxes import AsyncSandbox
@@ -53,13 +53,81 @@ class States(Facts):
         """Neither hibernate nor delete it for being idle during the next `seconds`; 0 ends that."""
         return self._client._call(calls.set_lifecycle(self.id, keep_awake_seconds=seconds))
 
-    def snapshot(self) -> str:
+    def snapshot(self, *, idempotency_key: str | None = None) -> str:
         """Keep memory and files as they are now; the id of the snapshot, once all of it is on disk.
 
-        The sandbox goes on. `create(from_snapshot=...)` continues from there, as often as you like. It is not sent again
-        after a lost answer: look at `client.snapshots.list(sandbox_id=...)`.
+        The sandbox goes on. `create(from_snapshot=...)` continues from there, as often as you like. It carries a key, so a
+        lost answer never makes a second snapshot.
         """
-        return self._client._call(snapshot_calls.take(self.id))
+        return self._client._call(snapshot_calls.take(self.id, idempotency_key))
+
+    def checkpoints(
+        self,
+        *,
+        every_execs: int | None = None,
+        every_seconds: int | None = None,
+        keep: int | None = None,
+        max_mb: int | None = None,
+        off: bool = False,
+    ) -> Lifecycle:
+        """From now on take points by itself: after every n-th command, or every so many seconds in which something happened.
+
+        At most `keep` (default 20) of together `max_mb` MiB (default 4096) are kept, older ones sparser; `off` ends it.
+        """
+        call = calls.set_checkpoints(self.id, every_execs, every_seconds, keep, max_mb, off)
+        return self._client._call(call)
+
+    def history(self, limit: int | None = None) -> list[Snapshot]:
+        """Its points, newest first: the snapshots you took, and those it took by itself (`cause`, `label`)."""
+        return self._client._call(snapshot_calls.history(self.id, limit))
+
+    def restore(self, point: str | Snapshot, *, undo: bool = True) -> str | None:
+        """Make memory, processes and files those of one of its points; it runs then, also if it had failed.
+
+        The answer is the id of a new point with what it was before (`restore` that to undo this); None where it had failed, or
+        without `undo`. When it fails nothing has changed. Raises Conflict for the point of another sandbox.
+        """
+        restored = self._client._call(snapshot_calls.restore(self.id, snapshot_calls.id_of(point), undo))
+        self._take(restored)
+        return restored.undo_point
+
+    @overload
+    def fork_at(
+        self,
+        point: str | Snapshot,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: None = None,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> Sandbox: ...
+
+    @overload
+    def fork_at(
+        self,
+        point: str | Snapshot,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: int,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> list[Sandbox]: ...
+
+    def fork_at(
+        self,
+        point: str | Snapshot,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: int | None = None,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> Sandbox | list[Sandbox]:
+        """`fork` at one of its points instead of now. This sandbox is not touched, and need not run."""
+        children = self._client.sandboxes.fork(
+            self.id, metadata, count=1 if count is None else count, cancel=cancel, idempotency_key=idempotency_key,
+            at=snapshot_calls.id_of(point),
+        )  # fmt: skip
+        return children[0] if count is None else children
 
     @overload
     def fork(
@@ -170,13 +238,81 @@ class AsyncStates(Facts):
         """Neither hibernate nor delete it for being idle during the next `seconds`; 0 ends that."""
         return await self._client._call(calls.set_lifecycle(self.id, keep_awake_seconds=seconds))
 
-    async def snapshot(self) -> str:
+    async def snapshot(self, *, idempotency_key: str | None = None) -> str:
         """Keep memory and files as they are now; the id of the snapshot, once all of it is on disk.
 
-        The sandbox goes on. `create(from_snapshot=...)` continues from there, as often as you like. It is not sent again
-        after a lost answer: look at `client.snapshots.list(sandbox_id=...)`.
+        The sandbox goes on. `create(from_snapshot=...)` continues from there, as often as you like. It carries a key, so a
+        lost answer never makes a second snapshot.
         """
-        return await self._client._call(snapshot_calls.take(self.id))
+        return await self._client._call(snapshot_calls.take(self.id, idempotency_key))
+
+    async def checkpoints(
+        self,
+        *,
+        every_execs: int | None = None,
+        every_seconds: int | None = None,
+        keep: int | None = None,
+        max_mb: int | None = None,
+        off: bool = False,
+    ) -> Lifecycle:
+        """From now on take points by itself: after every n-th command, or every so many seconds in which something happened.
+
+        At most `keep` (default 20) of together `max_mb` MiB (default 4096) are kept, older ones sparser; `off` ends it.
+        """
+        call = calls.set_checkpoints(self.id, every_execs, every_seconds, keep, max_mb, off)
+        return await self._client._call(call)
+
+    async def history(self, limit: int | None = None) -> list[Snapshot]:
+        """Its points, newest first: the snapshots you took, and those it took by itself (`cause`, `label`)."""
+        return await self._client._call(snapshot_calls.history(self.id, limit))
+
+    async def restore(self, point: str | Snapshot, *, undo: bool = True) -> str | None:
+        """Make memory, processes and files those of one of its points; it runs then, also if it had failed.
+
+        The answer is the id of a new point with what it was before (`restore` that to undo this); None where it had failed, or
+        without `undo`. When it fails nothing has changed. Raises Conflict for the point of another sandbox.
+        """
+        restored = await self._client._call(snapshot_calls.restore(self.id, snapshot_calls.id_of(point), undo))
+        self._take(restored)
+        return restored.undo_point
+
+    @overload
+    async def fork_at(
+        self,
+        point: str | Snapshot,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: None = None,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> AsyncSandbox: ...
+
+    @overload
+    async def fork_at(
+        self,
+        point: str | Snapshot,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: int,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> list[AsyncSandbox]: ...
+
+    async def fork_at(
+        self,
+        point: str | Snapshot,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        count: int | None = None,
+        cancel: CancelEvent | None = None,
+        idempotency_key: str | None = None,
+    ) -> AsyncSandbox | list[AsyncSandbox]:
+        """`fork` at one of its points instead of now. This sandbox is not touched, and need not run."""
+        children = await self._client.sandboxes.fork(
+            self.id, metadata, count=1 if count is None else count, cancel=cancel, idempotency_key=idempotency_key,
+            at=snapshot_calls.id_of(point),
+        )  # fmt: skip
+        return children[0] if count is None else children
 
     @overload
     async def fork(

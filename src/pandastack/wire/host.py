@@ -43,10 +43,22 @@ class HostChild(Record):
 
 
 class HostFork(Record):
-    """Clone the live sandbox `parent` into `children`, all or none. Repeating it while they exist answers them."""
+    """Clone the live sandbox `parent` into `children`, all or none. Repeating it while they exist answers them.
+
+    With `snapshot`, one of the parent's own, the children are what it was then, and the parent is not touched.
+    """
 
     parent: SandboxId
     children: list[HostChild]
+    snapshot: SnapshotId | None = None
+
+
+class HostRewind(Record):
+    """Make `sandbox` what it was when `snapshot`, one of its own, was taken. With `undo`, what it is now is saved first, under that id."""
+
+    sandbox: SandboxId
+    snapshot: SnapshotId
+    undo: SnapshotId | None = None
 
 
 class HostSnapshot(Record):
@@ -88,6 +100,13 @@ class HostSandbox(Record):
     idle_s: float = 0.0
     idle_reason: str | None = None
     stored_bytes: int = 0
+
+
+class HostRewound(Record):
+    """The sandbox as it is now, and what it was before: None where that was not asked for, or there was nothing to save (`failed`)."""
+
+    sandbox: HostSandbox
+    undo: HostSnapshot | None
 
 
 class HostCapacity(Record):

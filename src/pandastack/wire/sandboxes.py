@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 SandboxStatus = Literal["creating", "running", "paused", "hibernated", "failed", "deleting"]
 
 MAX_TTL_SECONDS = 30 * 24 * 3600
 MAX_METADATA_KEYS = 64
+MAX_CHECKPOINTS = 500
 
 TemplateName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=128)]
@@ -41,6 +42,24 @@ class VolumeMount(Shape):
     read_only: bool = False
 
 
+class Checkpoints(Shape):
+    """The points that a sandbox takes by itself: after every n-th command, or every so many seconds in which something happened.
+
+    At most `keep` of them and `max_mb` (MiB) on disk are kept: the newest always, older ones further and further apart.
+    """
+
+    every_execs: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
+    every_seconds: Annotated[int, Field(ge=5, le=MAX_TTL_SECONDS)] | None = None
+    keep: Annotated[int, Field(ge=1, le=MAX_CHECKPOINTS)] = 20
+    max_mb: Annotated[int, Field(ge=1, le=1 << 26)] = 4096
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Checkpoints:
+        if (self.every_execs is None) == (self.every_seconds is None):
+            raise ValueError("give exactly one of every_execs and every_seconds")
+        return self
+
+
 class SandboxCreate(Shape):
     """Body of `POST /v1/sandboxes`. Sizes are MiB; limits left out come from the template."""
 
@@ -54,6 +73,7 @@ class SandboxCreate(Shape):
     disk_mb: Annotated[int, Field(ge=64, le=1 << 26)] | None = None
     from_snapshot: Annotated[str, StringConstraints(max_length=64)] | None = None
     volumes: Annotated[list[VolumeMount], Field(max_length=16)] = []
+    checkpoints: Checkpoints | None = None
 
 
 class SandboxView(View):
@@ -97,11 +117,23 @@ class SandboxPage(View):
     next_cursor: str | None = None
 
 
+class CheckpointState(View):
+    """What was set, and what came of it: the automatic points there are, their bytes, and why the last try failed, if it did."""
+
+    every_execs: int | None = None
+    every_seconds: int | None = None
+    keep: int
+    max_mb: int
+    points: int = 0
+    size_bytes: int = 0
+    last_error: str | None = None
+
+
 class Lifecycle(View):
     """`idle_seconds` counts from the last request or the end of the last work inside; `idle_reason` says which.
 
     After `ttl_seconds` (0: never) of that a persistent sandbox is hibernated and any other deleted, but not before
-    `keep_awake_until` (RFC 3339).
+    `keep_awake_until` (RFC 3339). `checkpoints` is null where it takes none by itself.
     """
 
     ttl_seconds: int
@@ -110,12 +142,16 @@ class Lifecycle(View):
     idle_reason: str | None = None
     status: str | None = None
     keep_awake_until: str | None = None
+    checkpoints: CheckpointState | None = None
 
 
 class LifecyclePatch(Shape):
+    """What is left out, or null, stays as it is."""
+
     ttl_seconds: Annotated[int, Field(ge=0, le=MAX_TTL_SECONDS)] | None = None
     persistent: bool | None = None
     keep_awake_seconds: Annotated[int, Field(ge=0, le=MAX_TTL_SECONDS)] | None = None
+    checkpoints: Checkpoints | Literal["off"] | None = None
 
 
 class SandboxMetrics(View):

@@ -2,6 +2,8 @@
 
 A snapshot is `capturing` -> `durable` -> `verified`. Only a durable one is listed: its bytes and their digests are on disk.
 `verified` means that a restore of it was tried and worked; one that did not restore is `failed`, and `status_reason` says why.
+A sandbox's snapshots are the *points* of its history; those that nobody asked for (`cause` `checkpoint`: by its policy, `restore`:
+what it was before it was restored) stay `durable`, are bounded in number, and end with it.
 """
 
 from __future__ import annotations
@@ -13,15 +15,20 @@ from pydantic import Field
 from pandastack.wire.sandboxes import MAX_METADATA_KEYS, MetadataKey, MetadataValue, SandboxView, Shape, View
 
 SnapshotStatus = Literal["capturing", "durable", "verified", "failed"]
+SnapshotCause = Literal["request", "checkpoint", "restore"]
 
 MAX_FORKS = 16
+MAX_LABEL = 200
 
+PointId = Annotated[str, Field(max_length=64)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA_KEYS)]
 
 
 class SnapshotView(View):
     """A snapshot. `size_bytes` is what it takes on disk: `own_bytes`, which a delete would free, and `shared_bytes`, which others
-    use too. The two are told for one snapshot and null in lists. `mem_path` and `state_path` are kept, empty, for existing clients.
+    use too; the two are told by the GET of one snapshot, elsewhere null. `label` is the command after which a checkpoint was taken.
+
+    `mem_path` and `state_path` are kept, empty, for existing clients.
     """
 
     id: str
@@ -39,6 +46,8 @@ class SnapshotView(View):
     memory_mb: int | None = None
     disk_mb: int | None = None
     runtime: str | None = None
+    cause: str = "request"
+    label: str = ""
     mem_path: str = ""
     state_path: str = ""
 
@@ -49,12 +58,35 @@ class SnapshotList(View):
     snapshots: list[SnapshotView]
 
 
+class History(View):
+    """`GET .../history`: every point of a sandbox, newest first."""
+
+    points: list[SnapshotView]
+
+
+class RestoreRequest(Shape):
+    """Body of `POST .../restore`. `point` is a snapshot of this sandbox; `undo` saves what the sandbox is now first."""
+
+    point: PointId
+    undo: bool = True
+
+
+class Restored(SandboxView):
+    """The sandbox as it is now. `undo_point` is what it was before; null where that was not saved, or it had failed."""
+
+    undo_point: str | None = None
+
+
 class ForkRequest(Shape):
-    """Body of `POST .../fork`. Every child gets `metadata` over its parent's; `mode` is accepted and means nothing."""
+    """Body of `POST .../fork`. Every child gets `metadata` over its parent's; `mode` is accepted and means nothing.
+
+    With `at`, a snapshot of this sandbox, the children are what it was then.
+    """
 
     metadata: Metadata = {}
     count: Annotated[int, Field(ge=1, le=MAX_FORKS)] = 1
     mode: str | None = None
+    at: PointId | None = None
 
 
 class ForkTreeRequest(Shape):
@@ -62,10 +94,14 @@ class ForkTreeRequest(Shape):
 
     metadata: Metadata = {}
     count: Annotated[int, Field(ge=1, le=MAX_FORKS)] = 2
+    at: PointId | None = None
 
 
 class Forked(View):
-    """The children of one capture, in order; `sandbox` is the first. `errors` is always empty: forks are all or none."""
+    """The children of one instant, in order; `sandbox` is the first. `errors` is always empty: forks are all or none.
+
+    `snapshot_id` is the point they were made of, empty where they are what the parent was just then.
+    """
 
     tree_id: str
     parent_id: str

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Query, Response
 
 from pandastack.control.parts import Parts
 from pandastack.control.routes import answers
-from pandastack.control.routes.requests import Body, Writer, parts
+from pandastack.control.routes.requests import Body, Writer, changing, parts
 from pandastack.wire.processes import ExecRequest, ExecResult
 
 router = APIRouter(prefix="/v1/sandboxes/{sandbox_id}/exec", tags=["exec"])
@@ -20,8 +20,8 @@ Encoding = Annotated[Literal["text", "base64"], Query()]
 @router.post("", response_model=ExecResult, operation_id="exec")
 async def run(here: Here, caller: Writer, sandbox_id: str, body: Command) -> Response:
     """Run a command and answer when it has ended. The command goes on if the client leaves, until its time is over."""
-    row = await here.states.running(caller, sandbox_id)
-    return answers.json(await here.gateway.execute(row.id, body))
+    row = await changing(here, caller, sandbox_id)
+    return answers.json(await here.gateway.execute(row, body))
 
 
 @router.post("/stream", response_class=answers.EventStream, status_code=200, operation_id="execStream")
@@ -34,8 +34,8 @@ async def stream(
     on_disconnect: Annotated[Literal["keep", "kill"], Query()] = "keep",
 ) -> Response:
     """Events `stdout` and `stderr`, then exactly one `exit` or `error`."""
-    row = await here.states.running(caller, sandbox_id)
-    following = await here.gateway.stream(row.id, body, as_bytes=encoding == "base64")
+    row = await changing(here, caller, sandbox_id)
+    following = await here.gateway.stream(row, body, as_bytes=encoding == "base64")
 
     async def kill() -> None:
         await here.gateway.kill(row.id, following.process_id)

@@ -14,7 +14,7 @@ from pandastack.control.gateway import sse
 from pandastack.control.hosts import closing
 from pandastack.control.parts import Parts
 from pandastack.control.routes import answers
-from pandastack.control.routes.requests import Body, FilePath, Reader, Writer, parts, pieces_of, raw_query
+from pandastack.control.routes.requests import Body, FilePath, Reader, Writer, changing, parts, pieces_of, raw_query
 from pandastack.errors import PandastackError
 from pandastack.wire.files import (
     MAX_LISTING,
@@ -91,7 +91,7 @@ async def write(
     owner: Annotated[Owner | None, Query()] = None,
 ) -> Response:
     """The raw body, of any size, becomes the file; readers see the old one or the new one, never a part."""
-    row = await here.states.running(caller, sandbox_id)
+    row = await changing(here, caller, sandbox_id)
     data = here.gateway.counted_in(pieces_of(request, stalled_s=here.settings.stalled_client_s))
     size = await here.host.write_file(row.id, path, data, mode=int(mode, 8) if mode is not None else None, owner=owner)
     return answers.json(FileWritten(path=_text(path), bytes=size))
@@ -99,7 +99,7 @@ async def write(
 
 @router.delete("", status_code=204, operation_id="deleteFile")
 async def delete(here: Here, caller: Writer, sandbox_id: str, path: FilePath, recursive: bool = True) -> Response:
-    row = await here.states.running(caller, sandbox_id)
+    row = await changing(here, caller, sandbox_id)
     async with here.gateway.deadline():
         await here.host.remove_file(row.id, path, recursive=recursive)
     return answers.empty()
@@ -156,7 +156,7 @@ async def stat(here: Here, caller: Reader, sandbox_id: str, path: FilePath) -> R
 
 @router.post("/mkdir", status_code=201, response_model=FileEntry, operation_id="makeDirectory")
 async def make_dir(here: Here, caller: Writer, sandbox_id: str, body: Annotated[MakeDir, Depends(Body(MakeDir))]) -> Response:
-    row = await here.states.running(caller, sandbox_id)
+    row = await changing(here, caller, sandbox_id)
     async with here.gateway.deadline():
         await here.host.make_dir(row.id, body.path.encode(), parents=body.parents, mode=int(body.mode, 8))
         return answers.json(await here.host.stat_file(row.id, body.path.encode()), 201)
@@ -164,7 +164,7 @@ async def make_dir(here: Here, caller: Writer, sandbox_id: str, body: Annotated[
 
 @router.post("/move", response_model=FileEntry, operation_id="moveFile")
 async def move(here: Here, caller: Writer, sandbox_id: str, body: Annotated[MoveFile, Depends(Body(MoveFile))]) -> Response:
-    row = await here.states.running(caller, sandbox_id)
+    row = await changing(here, caller, sandbox_id)
     async with here.gateway.deadline():
         await here.host.move_file(row.id, body.source.encode(), body.destination.encode(), overwrite=body.overwrite)
         return answers.json(await here.host.stat_file(row.id, body.destination.encode()))
@@ -172,7 +172,7 @@ async def move(here: Here, caller: Writer, sandbox_id: str, body: Annotated[Move
 
 @router.post("/chmod", response_model=FileEntry, operation_id="changeMode")
 async def change_mode(here: Here, caller: Writer, sandbox_id: str, body: Annotated[ChangeMode, Depends(Body(ChangeMode))]) -> Response:
-    row = await here.states.running(caller, sandbox_id)
+    row = await changing(here, caller, sandbox_id)
     async with here.gateway.deadline():
         await here.host.change_mode(row.id, body.path.encode(), body)
         return answers.json(await here.host.stat_file(row.id, body.path.encode()))

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from pandastack.control.parts import Parts
 from pandastack.control.routes import answers
-from pandastack.control.routes.requests import Body, Reader, Writer, parts, pieces_of
+from pandastack.control.routes.requests import Body, Reader, Writer, changing, parts, pieces_of
 from pandastack.errors import ProcessNotFound
-from pandastack.wire.ids import PROCESS_ID_PATTERN, ProcessId, new_process_id
+from pandastack.wire.ids import PROCESS_ID_PATTERN, ProcessId
 from pandastack.wire.processes import ProcessStart, ProcessView, PtySize, SignalRequest, StdinWritten
 
 router = APIRouter(prefix="/v1/sandboxes/{sandbox_id}/processes", tags=["processes"])
@@ -29,11 +29,8 @@ def _id(text: str) -> ProcessId:
 
 @router.post("", status_code=201, response_model=ProcessView, operation_id="startProcess")
 async def start(here: Here, caller: Writer, sandbox_id: str, body: Annotated[ProcessStart, Depends(Body(ProcessStart))]) -> Response:
-    row = await here.states.running(caller, sandbox_id)
-    # The id is made up here, so that the call to the host can be repeated without starting a second process.
-    wanted = body if body.id is not None else body.model_copy(update={"id": new_process_id()})
-    async with here.gateway.deadline():
-        return answers.json(await here.host.start_process(row.id, wanted), 201)
+    row = await changing(here, caller, sandbox_id)
+    return answers.json(await here.gateway.start(row, body), 201)
 
 
 @router.get("", response_model=list[ProcessView], operation_id="listProcesses")
@@ -46,8 +43,7 @@ async def list_all(here: Here, caller: Reader, sandbox_id: str) -> Response:
 @router.get("/{process_id}", response_model=ProcessView, operation_id="getProcess")
 async def get(here: Here, caller: Reader, sandbox_id: str, process_id: str) -> Response:
     row = await here.states.running(caller, sandbox_id)
-    async with here.gateway.deadline():
-        return answers.json(await here.host.get_process(row.id, _id(process_id)))
+    return answers.json(await here.gateway.look(row, _id(process_id)))
 
 
 @router.get("/{process_id}/stream", response_class=answers.EventStream, status_code=200, operation_id="followProcess")
@@ -63,7 +59,7 @@ async def follow(
     """As `exec/stream`, from any offset; every event of output says where it starts."""
     row = await here.states.running(caller, sandbox_id)
     following = await here.gateway.attach(
-        row.id, _id(process_id), stdout_offset=stdout_offset, stderr_offset=stderr_offset, as_bytes=encoding == "base64"
+        row, _id(process_id), stdout_offset=stdout_offset, stderr_offset=stderr_offset, as_bytes=encoding == "base64"
     )
     return answers.EventStream(here, caller, following.frames, headers={"x-process-id": following.process_id})
 
@@ -94,7 +90,7 @@ async def output(
 @router.post("/{process_id}/stdin", response_model=StdinWritten, operation_id="writeStdin", openapi_extra={"x-raw-body": True})
 async def write_stdin(here: Here, caller: Writer, sandbox_id: str, process_id: str, request: Request, close: bool = False) -> Response:
     """The raw body, of any length, as it arrives; the process's pace is the sender's."""
-    row = await here.states.running(caller, sandbox_id)
+    row = await changing(here, caller, sandbox_id)
     data = here.gateway.counted_in(pieces_of(request, stalled_s=here.settings.stalled_client_s))
     return answers.json(StdinWritten(bytes=await here.host.write_stdin(row.id, _id(process_id), data, close=close)))
 
@@ -103,7 +99,7 @@ async def write_stdin(here: Here, caller: Writer, sandbox_id: str, process_id: s
 async def send_signal(
     here: Here, caller: Writer, sandbox_id: str, process_id: str, body: Annotated[SignalRequest, Depends(Body(SignalRequest))]
 ) -> Response:
-    row = await here.states.running(caller, sandbox_id)
+    row = await changing(here, caller, sandbox_id)
     async with here.gateway.deadline():
         await here.host.signal_process(row.id, _id(process_id), body)
     return answers.empty()
@@ -113,7 +109,7 @@ async def send_signal(
 async def resize(
     here: Here, caller: Writer, sandbox_id: str, process_id: str, body: Annotated[PtySize, Depends(Body(PtySize))]
 ) -> Response:
-    row = await here.states.running(caller, sandbox_id)
+    row = await changing(here, caller, sandbox_id)
     async with here.gateway.deadline():
         await here.host.resize_process(row.id, _id(process_id), body)
     return answers.empty()

@@ -18,6 +18,7 @@ from pydantic_core import from_json
 
 from pandastack.control.access import Caller
 from pandastack.control.parts import Parts
+from pandastack.control.store.sandboxes import SandboxRow
 from pandastack.errors import AuthError, InvalidRequest, PermissionDenied, TooLarge
 from pandastack.wire.sandboxes import MAX_TTL_SECONDS
 
@@ -150,6 +151,16 @@ async def idempotency_key(
 
 
 IdempotencyKey = Annotated[str | None, Depends(idempotency_key)]
+
+
+# The sandbox
+
+
+async def changing(here: Parts, caller: Caller, sandbox_id: str) -> SandboxRow:
+    """A running sandbox that is about to be changed, once what its last command left is safe (see `checkpoints`)."""
+    row = await here.states.running(caller, sandbox_id)
+    await here.checkpoints.turn(row)
+    return row
 
 
 # The query

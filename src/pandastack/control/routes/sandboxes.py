@@ -13,7 +13,7 @@ from pandastack.control.routes.requests import Body, IdempotencyKey, Reader, Wri
 from pandastack.control.sandboxes import view
 from pandastack.control.store.sandboxes import Position
 from pandastack.errors import InvalidRequest
-from pandastack.wire.ids import is_uuid
+from pandastack.wire.ids import SandboxId, is_uuid
 from pandastack.wire.sandboxes import (
     Lifecycle,
     LifecyclePatch,
@@ -83,7 +83,10 @@ async def lifecycle(here: Here, caller: Reader, sandbox_id: str) -> Response:
 async def set_lifecycle(
     here: Here, caller: Writer, sandbox_id: str, body: Annotated[LifecyclePatch, Depends(Body(LifecyclePatch))]
 ) -> Response:
-    return answers.json(await here.sandboxes.set_lifecycle(caller, sandbox_id, body))
+    lifecycle = await here.sandboxes.set_lifecycle(caller, sandbox_id, body)
+    if body.checkpoints is not None:
+        here.checkpoints.changed(SandboxId(sandbox_id))
+    return answers.json(lifecycle)
 
 
 @router.get("/{sandbox_id}/metrics", response_model=SandboxMetrics, operation_id="getSandboxMetrics")

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Query, Response
 
 from pandastack.control.parts import Parts
 from pandastack.control.routes import answers
-from pandastack.control.routes.requests import Reader, Writer, parts
+from pandastack.control.routes.requests import IdempotencyKey, Reader, Writer, parts
 from pandastack.control.snapshots import view
 from pandastack.wire.snapshots import SnapshotList, SnapshotView
 
@@ -17,16 +17,20 @@ Here = Annotated[Parts, Depends(parts)]
 
 
 @router.post("/sandboxes/{sandbox_id}/snapshots", status_code=201, response_model=SnapshotView, operation_id="createSnapshot")
-async def create(here: Here, caller: Writer, sandbox_id: str) -> Response:
+async def create(here: Here, caller: Writer, sandbox_id: str, key: IdempotencyKey = None) -> Response:
     """Durable when answered; the sandbox goes on as it was. A restore is then tried, and the snapshot is `verified` or `failed`."""
-    row = await here.snapshots.capture(caller, sandbox_id)
-    return answers.json(view(row, await here.usages.of_snapshot(row)), 201)
+    return answers.created(await here.snapshots.capture(caller, sandbox_id, key))
 
 
 @router.get("/snapshots", response_model=SnapshotList, operation_id="listSnapshots")
-async def list_all(here: Here, caller: Reader, sandbox_id: Annotated[str | None, Query(max_length=64)] = None) -> Response:
+async def list_all(
+    here: Here,
+    caller: Reader,
+    sandbox_id: Annotated[str | None, Query(max_length=64)] = None,
+    automatic: Annotated[bool, Query(description="also those that nobody asked for")] = False,
+) -> Response:
     """Newest first."""
-    rows = await here.snapshots.list(caller, sandbox_id=sandbox_id)
+    rows = await here.snapshots.list(caller, sandbox_id=sandbox_id, automatic=automatic)
     return answers.json(SnapshotList(snapshots=[view(row) for row in rows]))
 
 

@@ -38,8 +38,8 @@ class Store:
 
 def over(database: Database) -> Store:
     """The store on a database whose schema is current."""
-    sandboxes = Sandboxes(database)
-    return Store(Tenants(database), Tokens(database), sandboxes, Snapshots(database), Creates(database, sandboxes))
+    sandboxes, snapshots = Sandboxes(database), Snapshots(database)
+    return Store(Tenants(database), Tokens(database), sandboxes, snapshots, Creates(database, sandboxes, snapshots))
 
 
 @asynccontextmanager

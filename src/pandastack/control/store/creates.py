@@ -1,6 +1,6 @@
-"""Creates and forks with an idempotency key: at most one outcome per (tenant, key), and the same answer for every repetition.
+"""Creates, forks and snapshots with an idempotency key: at most one outcome per (tenant, key), and the same answer for every repetition.
 
-A key stands for all sandboxes that one request makes: one for a create, every child for a fork. The key and their rows
+A key stands for all that one request makes: a sandbox, every child of a fork, or a snapshot. The key and their rows
 are written in one transaction, and so are the answer and the states `running`. Hence there is no instant at which a
 crash leaves a key that names nothing, a sandbox whose key is free, or some children of a fork without the others.
 """
@@ -13,11 +13,13 @@ from typing import Any
 
 from sqlalchemy import and_, delete, select, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from pandastack.control.store import tables
 from pandastack.control.store.database import Database
 from pandastack.control.store.sandboxes import Sandboxes, SandboxRow
-from pandastack.wire.ids import SandboxId, TenantId
+from pandastack.control.store.snapshots import SnapshotRow, Snapshots
+from pandastack.wire.ids import SandboxId, SnapshotId, TenantId
 
 _table = tables.creates
 _made = tables.created
@@ -40,9 +42,10 @@ class _Gone(Exception):
 
 
 class Creates:
-    def __init__(self, database: Database, sandboxes: Sandboxes) -> None:
+    def __init__(self, database: Database, sandboxes: Sandboxes, snapshots: Snapshots) -> None:
         self._database = database
         self._sandboxes = sandboxes
+        self._snapshots = snapshots
 
     async def find(self, tenant: TenantId, key: str, *, newer_than_us: int) -> CreateRow | None:
         query = select(_table).where(_table.c.tenant_id == tenant, _table.c.key == key)
@@ -56,7 +59,7 @@ class Creates:
     async def begin(
         self,
         tenant: TenantId,
-        rows: Sequence[SandboxRow],
+        rows: Sequence[SandboxRow | SnapshotRow],
         *,
         key: str | None,
         request_hash: bytes,
@@ -65,7 +68,8 @@ class Creates:
     ) -> bool:
         """Write the intent for all `rows`, durable before any side effect. False where the key is taken (look it up again).
 
-        `admit` gets how many sandboxes the tenant has and how many come; if it raises, nothing is written.
+        `admit` gets how many sandboxes the tenant has and how many come, or the `totals` of its snapshots; if it raises, nothing is
+        written.
         """
         try:
             async with self._database.write() as connection:
@@ -82,9 +86,14 @@ class Creates:
                     links = [{"sandbox_id": row.id, "tenant_id": tenant, "key": key} for row in rows]
                     await connection.execute(_made.insert(), links)
                 # After the key: a repetition is answered, also where there is no room for another one.
-                admit(await self._sandboxes.count_with(connection, tenant), len(rows))
+                sandboxes = [row for row in rows if isinstance(row, SandboxRow)]
+                if sandboxes:
+                    admit(await self._sandboxes.count_with(connection, tenant), len(sandboxes))
                 for row in rows:
-                    await self._sandboxes.insert_with(connection, tenant, row)
+                    if isinstance(row, SnapshotRow):
+                        await self._snapshots.insert_with(connection, tenant, row, admit)
+                    else:
+                        await self._sandboxes.insert_with(connection, tenant, row)
         except IntegrityError:
             if key is None:
                 raise
@@ -101,15 +110,27 @@ class Creates:
                 for sandbox_id, values in facts.items():
                     if not await self._sandboxes.mark_running_with(connection, tenant, sandbox_id, **values):
                         raise _Gone
-                key = select(_made.c.key).where(_made.c.tenant_id == tenant, _made.c.sandbox_id.in_(list(facts)))
-                own = and_(_table.c.tenant_id == tenant, _table.c.key.in_(key))
-                answer = {"response_status": response_status, "response_body": response_body}
-                await connection.execute(update(_table).where(own).values(**answer))
+                await self._answer(connection, tenant, list(facts), response_status, response_body)
         except _Gone:
             return False
         finally:
             self._forget(facts)
         return True
+
+    async def complete_snapshot(
+        self, tenant: TenantId, snapshot_id: SnapshotId, facts: Mapping[str, Any], *, response_status: int, response_body: bytes
+    ) -> bool:
+        """The same for a snapshot that is durable."""
+        async with self._database.write() as connection:
+            done = await self._snapshots.complete_with(connection, tenant, snapshot_id, **facts)
+            if done:
+                await self._answer(connection, tenant, [snapshot_id], response_status, response_body)
+        return done
+
+    async def _answer(self, connection: AsyncConnection, tenant: TenantId, things: Sequence[str], status: int, body: bytes) -> None:
+        key = select(_made.c.key).where(_made.c.tenant_id == tenant, _made.c.sandbox_id.in_(things))
+        own = and_(_table.c.tenant_id == tenant, _table.c.key.in_(key))
+        await connection.execute(update(_table).where(own).values(response_status=status, response_body=body))
 
     async def prune_of_any_tenant(self, *, older_than_us: int) -> int:
         """Forget completed answers that nobody may ask for any more."""

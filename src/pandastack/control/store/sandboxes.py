@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Select, and_, delete, exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from pandastack.control.store import tables
+from pandastack.control.store import keys, tables
 from pandastack.control.store.database import Database
 from pandastack.wire.ids import HostId, SandboxId, SnapshotId, TenantId
 
@@ -58,6 +58,8 @@ class SandboxRow:
     fork_parent_id: SandboxId | None = None
     fork_tree_id: str | None = None
     keep_awake_us: int | None = None
+    checkpoints: Mapping[str, Any] | None = None
+    checkpoint_error: str | None = None
 
 
 Position = tuple[int, str]
@@ -146,6 +148,7 @@ class Sandboxes:
         ttl_seconds: int | None = None,
         persistent: bool | None = None,
         keep_awake_us: int | None = None,
+        checkpoints: Mapping[str, Any] | Literal["off"] | None = None,
     ) -> bool:
         """What is None stays as it is. False for an unknown sandbox and one that is going away."""
         values: dict[str, Any] = {}
@@ -155,6 +158,8 @@ class Sandboxes:
             values["persistent"] = persistent
         if keep_awake_us is not None:
             values["keep_awake_us"] = keep_awake_us
+        if checkpoints is not None:
+            values |= {"checkpoints": None if checkpoints == "off" else checkpoints, "checkpoint_error": None}
         async with self._writing(sandbox_id) as connection:
             own = _table.c.tenant_id == tenant
             return await self._change(connection, sandbox_id, own, ("creating", *USABLE, "failed"), **values)
@@ -221,10 +226,22 @@ class Sandboxes:
             )
 
     async def mark_found_of_any_tenant(self, sandbox_id: SandboxId, status: str = "running", reason: str | None = None) -> bool:
-        """Back to a usable status, if it had only been missing from its host."""
+        """Back to a usable status: it had only been missing from its host, or was restored by somebody who did not live to write so."""
         values = {"status": status, "status_reason": reason[:256] if reason else None, "failed_us": None}
         async with self._writing(sandbox_id) as connection:
-            return await self._change(connection, sandbox_id, _table.c.status_reason == LOST, ("failed",), **values)
+            return await self._change(connection, sandbox_id, _table.c.id == sandbox_id, ("failed",), **values)
+
+    async def mark_restored_of_any_tenant(self, sandbox_id: SandboxId, *, boot_mode: str, boot_ms: int) -> bool:
+        """It runs, at an earlier point, whatever it was. False where it is going away."""
+        values = {"status": "running", "status_reason": None, "failed_us": None, "boot_mode": boot_mode, "boot_ms": boot_ms}
+        async with self._writing(sandbox_id) as connection:
+            return await self._change(connection, sandbox_id, _table.c.id == sandbox_id, (*USABLE, "failed"), **values)
+
+    async def note_checkpoint_of_any_tenant(self, sandbox_id: SandboxId, error: str | None) -> None:
+        """How the last checkpoint went."""
+        async with self._writing(sandbox_id) as connection:
+            values = {"checkpoint_error": error[:512] if error else None}
+            await self._change(connection, sandbox_id, _table.c.checkpoints.is_not(None), USABLE, **values)
 
     async def mark_deleting_of_any_tenant(self, sandbox_id: SandboxId, statuses: Sequence[str]) -> bool:
         async with self._writing(sandbox_id) as connection:
@@ -232,15 +249,13 @@ class Sandboxes:
 
     async def remove_of_any_tenant(self, sandbox_id: SandboxId) -> None:
         """Forget a sandbox whose host has forgotten it. The last one of a create that never completed frees its idempotency key."""
-        creates, created = tables.creates, tables.created
         async with self._writing(sandbox_id) as connection:
-            own = (await connection.execute(select(created).where(created.c.sandbox_id == sandbox_id))).first()
-            await connection.execute(delete(created).where(created.c.sandbox_id == sandbox_id))
-            if own is not None:
-                others = exists().where(created.c.tenant_id == creates.c.tenant_id, created.c.key == creates.c.key)
-                unfinished = and_(creates.c.tenant_id == own.tenant_id, creates.c.key == own.key, creates.c.response_status.is_(None))
-                await connection.execute(delete(creates).where(unfinished, ~others))
+            await keys.release_with(connection, sandbox_id)
             await connection.execute(delete(_table).where(_table.c.id == sandbox_id))
+
+    async def list_with_checkpoints_of_any_tenant(self) -> Sequence[SandboxRow]:
+        """Those that can be used and take checkpoints by themselves."""
+        return await self._all(select(_table).where(_table.c.status.in_(USABLE), _table.c.checkpoints.is_not(None)))
 
     async def list_of_any_tenant(self, *statuses: str) -> Sequence[SandboxRow]:
         return await self._all(select(_table).where(_table.c.status.in_(statuses)))

@@ -5,26 +5,34 @@
         |          | +-> failed |
         +----------+-----+------+-> deleting -> (no row)
 
-Each change of state is one conditional statement, and its row count says who won. `capturing` and `deleting` rows are not
-shown in lists: the one is not a snapshot yet, the other is none any more.
+`cause` says who took it: `request` (a client asked), or, automatically, `checkpoint` and `restore`. Those two, the points that
+nobody asked for, are bounded in number and end with their sandbox. Each change of state is one conditional statement, and its
+row count says who won. `capturing` and `deleting` rows are not shown in lists: the one is not a snapshot yet, the other is none
+any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, and_, delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from pandastack.control.store import tables
+from pandastack.control.store import keys, tables
 from pandastack.control.store.database import Database
 from pandastack.wire.ids import HostId, SandboxId, SnapshotId, TenantId
 
 LISTED = ("durable", "verified", "failed")
 RESTORABLE = ("durable", "verified")
+AUTOMATIC = ("checkpoint", "restore")
 _table = tables.snapshots
+
+Admit = Callable[[int, int], None]
+
+
+def _always(_used: int, _more: int) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,8 @@ class SnapshotRow:
     status_reason: str | None = None
     template_actual: str | None = None
     runtime: str | None = None
+    cause: str = "request"
+    label: str = ""
 
 
 class Snapshots:
@@ -58,29 +68,44 @@ class Snapshots:
         found = await self._all(select(_table).where(_table.c.tenant_id == tenant, _table.c.id == snapshot_id))
         return found[0] if found else None
 
-    async def list(self, tenant: TenantId, *, sandbox_id: str | None = None) -> Sequence[SnapshotRow]:
-        """Newest first."""
+    async def list(
+        self, tenant: TenantId, *, sandbox_id: str | None = None, automatic: bool = False, limit: int | None = None
+    ) -> Sequence[SnapshotRow]:
+        """Newest first; with `automatic` also those that nobody asked for."""
         query = select(_table).where(_table.c.tenant_id == tenant, _table.c.status.in_(LISTED))
         if sandbox_id is not None:
             query = query.where(_table.c.sandbox_id == sandbox_id)
-        return await self._all(query.order_by(_table.c.created_us.desc(), _table.c.id.desc()))
+        if not automatic:
+            query = query.where(_table.c.cause == "request")
+        query = query.order_by(_table.c.created_us.desc(), _table.c.id.desc())
+        return await self._all(query if limit is None else query.limit(limit))
 
     async def totals(self, tenant: TenantId) -> tuple[int, int]:
         """How many there are, or are being made, and what they take on disk, in bytes."""
         async with self._database.read() as connection:
             return await self._totals(connection, tenant)
 
-    async def insert(self, tenant: TenantId, row: SnapshotRow, admit: Callable[[int, int], None] = lambda _used, _bytes: None) -> None:
+    async def insert(self, tenant: TenantId, row: SnapshotRow, admit: Admit = _always) -> None:
         """Write the intent, durable before any side effect. `admit` gets the `totals` of before; if it raises, nothing is written."""
+        async with self._database.write() as connection:
+            await self.insert_with(connection, tenant, row, admit)
+
+    async def insert_with(self, connection: AsyncConnection, tenant: TenantId, row: SnapshotRow, admit: Admit = _always) -> None:
+        """The same inside a transaction of another noun."""
         if row.tenant_id != tenant:
             raise ValueError("a snapshot belongs to the tenant that made it")
-        async with self._database.write() as connection:
-            admit(*await self._totals(connection, tenant))
-            await connection.execute(_table.insert().values(**vars(row)))
+        admit(*await self._totals(connection, tenant))
+        await connection.execute(_table.insert().values(**vars(row)))
 
-    async def complete(self, tenant: TenantId, snapshot_id: SnapshotId, facts: dict[str, Any]) -> bool:
+    async def complete(self, tenant: TenantId, snapshot_id: SnapshotId, facts: Mapping[str, Any]) -> bool:
         """Its bytes are on disk. False where somebody undid it meanwhile."""
-        return await self._change(snapshot_id, ("capturing",), _table.c.tenant_id == tenant, status="durable", **facts)
+        async with self._database.write() as connection:
+            return await self.complete_with(connection, tenant, snapshot_id, **facts)
+
+    async def complete_with(self, connection: AsyncConnection, tenant: TenantId, snapshot_id: SnapshotId, **facts: Any) -> bool:
+        """The same inside a transaction of another noun."""
+        where = and_(_table.c.id == snapshot_id, _table.c.tenant_id == tenant, _table.c.status == "capturing")
+        return (await connection.execute(update(_table).where(where).values(status="durable", **facts))).rowcount == 1
 
     async def mark_deleting(self, tenant: TenantId, snapshot_id: SnapshotId) -> bool:
         """False for an unknown snapshot and one that is being captured; true also where it is being deleted already."""
@@ -98,13 +123,31 @@ class Snapshots:
         return await self._change(snapshot_id, statuses, status="deleting")
 
     async def remove_of_any_tenant(self, snapshot_id: SnapshotId) -> None:
-        """Forget a snapshot whose host has forgotten it."""
+        """Forget a snapshot whose host has forgotten it. One that never completed frees its idempotency key."""
         async with self._database.write() as connection:
+            await keys.release_with(connection, snapshot_id)
             await connection.execute(delete(_table).where(_table.c.id == snapshot_id))
 
     async def list_of_any_tenant(self, *statuses: str) -> Sequence[SnapshotRow]:
         """Oldest first."""
         return await self._all(select(_table).where(_table.c.status.in_(statuses)).order_by(_table.c.created_us, _table.c.id))
+
+    async def unverified_of_any_tenant(self) -> Sequence[SnapshotRow]:
+        """Oldest first. Automatic ones are not tried: each trial takes the memory of a sandbox."""
+        query = select(_table).where(_table.c.status == "durable", _table.c.cause == "request")
+        return await self._all(query.order_by(_table.c.created_us, _table.c.id))
+
+    async def automatic_of_any_tenant(self, sandbox_id: SandboxId) -> Sequence[SnapshotRow]:
+        """Of one sandbox, oldest first."""
+        own = and_(_table.c.sandbox_id == sandbox_id, _table.c.cause.in_(AUTOMATIC), _table.c.status.in_(LISTED))
+        return await self._all(select(_table).where(own).order_by(_table.c.created_us, _table.c.id))
+
+    async def mark_automatic_deleting_of_any_tenant(self, sandbox_id: SandboxId) -> Sequence[SnapshotId]:
+        """Those of a sandbox that its host has forgotten, also if one is still being made."""
+        own = and_(_table.c.sandbox_id == sandbox_id, _table.c.cause.in_(AUTOMATIC))
+        async with self._database.write() as connection:
+            await connection.execute(update(_table).where(own).values(status="deleting"))
+            return list((await connection.execute(select(_table.c.id).where(own))).scalars())
 
     async def ids_of_any_tenant(self) -> set[SnapshotId]:
         async with self._database.read() as connection:

@@ -80,6 +80,9 @@ sandboxes = Table(
     Column("fork_parent_id", String(36)),
     Column("fork_tree_id", String(36), index=True),
     Column("keep_awake_us", BigInteger),
+    # A `wire.sandboxes.Checkpoints`; null where it takes none by itself. The error is that of the last try, if that failed.
+    Column("checkpoints", JSON(none_as_null=True)),
+    Column("checkpoint_error", String(512)),
     Index("ix_sandboxes_tenant_newest", "tenant_id", "created_us", "id"),
 )
 
@@ -98,8 +101,8 @@ snapshots = Table(
     Column("id", String(36), primary_key=True),
     Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
     Column("host_id", String(64), nullable=False),
-    # No foreign key: a snapshot outlives its sandbox.
-    Column("sandbox_id", String(36), nullable=False),
+    # No foreign key: a snapshot that was asked for outlives its sandbox.
+    Column("sandbox_id", String(36), nullable=False, index=True),
     Column("status", String(16), nullable=False, index=True),
     Column("status_reason", String(256)),
     Column("template", String(64), nullable=False),
@@ -110,6 +113,8 @@ snapshots = Table(
     Column("disk_mb", Integer, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("created_us", BigInteger, nullable=False),
+    Column("cause", String(16), nullable=False, server_default="request"),
+    Column("label", String(256), nullable=False, server_default=""),
     Index("ix_snapshots_tenant_newest", "tenant_id", "created_us", "id"),
 )
 
@@ -125,7 +130,7 @@ creates = Table(
     Column("created_us", BigInteger, nullable=False, index=True),
 )
 
-# The sandboxes that a key stands for: the one of a create, or every child of a fork. Rows leave with their sandbox (no
+# What a key stands for: the sandbox of a create, every child of a fork, or (by its own id) a snapshot. Rows leave with it (no
 # foreign key, because an answer outlives it); the last one to leave frees a key that has no answer yet.
 created = Table(
     "idempotent_sandboxes",

@@ -16,13 +16,17 @@ FORK_READ_S = 180.0
 """The answer comes when the parent's memory is written and every child has answered: longer than other requests take."""
 
 
-def fork(sandbox_id: str, metadata: Mapping[str, str] | None, count: int | None, idempotency_key: str | None) -> Call[list[SandboxView]]:
-    body = validated(wire.ForkRequest, metadata=dict(metadata) if metadata else None, count=count)
+def fork(
+    sandbox_id: str, metadata: Mapping[str, str] | None, count: int | None, idempotency_key: str | None, at: str | None = None
+) -> Call[list[SandboxView]]:
+    body = validated(wire.ForkRequest, metadata=dict(metadata) if metadata else None, count=count, at=at)
     return _forking(sandbox_id, "fork", body, idempotency_key)
 
 
-def fork_tree(sandbox_id: str, count: int, metadata: Mapping[str, str] | None, idempotency_key: str | None) -> Call[list[SandboxView]]:
-    body = validated(wire.ForkTreeRequest, count=count, metadata=dict(metadata) if metadata else None)
+def fork_tree(
+    sandbox_id: str, count: int, metadata: Mapping[str, str] | None, idempotency_key: str | None, at: str | None = None
+) -> Call[list[SandboxView]]:
+    body = validated(wire.ForkTreeRequest, count=count, metadata=dict(metadata) if metadata else None, at=at)
     return _forking(sandbox_id, "fork-tree", body, idempotency_key)
 
 

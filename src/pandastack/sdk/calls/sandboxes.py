@@ -34,6 +34,7 @@ def create(
     disk_mb: int | None,
     from_snapshot: str | None,
     volumes: Sequence[Mapping[str, Any]] | None,
+    checkpoints: Mapping[str, int] | None,
     idempotency_key: str | None,
 ) -> Call[SandboxView]:
     """A create always carries a key, so that a lost answer can be asked for again without a second sandbox."""
@@ -49,6 +50,7 @@ def create(
         disk_mb=disk_mb,
         from_snapshot=from_snapshot,
         volumes=[dict(volume) for volume in volumes] if volumes else None,
+        checkpoints=dict(checkpoints) if checkpoints else None,
     )
     headers = idempotency_header(idempotency_key)
     return Call(build("POST", "/sandboxes", body=body, headers=headers, is_create=True), reads(SandboxView))
@@ -99,6 +101,17 @@ def set_lifecycle(
     sandbox_id: str, ttl_seconds: int | None = None, persistent: bool | None = None, keep_awake_seconds: int | None = None
 ) -> Call[Lifecycle]:
     body = validated(wire.LifecyclePatch, ttl_seconds=ttl_seconds, persistent=persistent, keep_awake_seconds=keep_awake_seconds)
+    return Call(build("PATCH", f"{root(sandbox_id)}/lifecycle", body=body, safe_to_repeat=True), _read_lifecycle)
+
+
+def set_checkpoints(
+    sandbox_id: str, every_execs: int | None, every_seconds: int | None, keep: int | None, max_mb: int | None, off: bool
+) -> Call[Lifecycle]:
+    given = {"every_execs": every_execs, "every_seconds": every_seconds, "keep": keep, "max_mb": max_mb}
+    if off and any(value is not None for value in given.values()):
+        raise errors.InvalidRequest("give off=True alone", field="off")
+    policy: Any = "off" if off else validated(wire.Checkpoints, **given).model_dump(exclude_unset=True)
+    body = validated(wire.LifecyclePatch, checkpoints=policy)
     return Call(build("PATCH", f"{root(sandbox_id)}/lifecycle", body=body, safe_to_repeat=True), _read_lifecycle)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from pandastack import errors
-from pandastack.sdk.calls.call import Answer, Call, build, nothing, parse, segment
-from pandastack.sdk.calls.sandboxes import root
+from pandastack.sdk.calls.call import Answer, Call, build, nothing, parse, reads, segment, validated
+from pandastack.sdk.calls.sandboxes import idempotency_header, root
 from pandastack.sdk.results import Snapshot
+from pandastack.wire import snapshots as wire
 from pandastack.wire.snapshots import SnapshotView
 
 SNAPSHOT_READ_S = 600.0
@@ -17,13 +18,24 @@ FIRST_LOOK_S = 0.2
 LAST_LOOK_S = 2.0
 
 
-def take(sandbox_id: str) -> Call[str]:
-    """Not repeated after a lost answer: that would leave two."""
-    return Call(build("POST", f"{root(sandbox_id)}/snapshots", read_s=SNAPSHOT_READ_S), _read_id)
+def take(sandbox_id: str, idempotency_key: str | None) -> Call[str]:
+    """It always carries a key, so that a lost answer can be asked for again without a second snapshot."""
+    headers = idempotency_header(idempotency_key)
+    return Call(build("POST", f"{root(sandbox_id)}/snapshots", headers=headers, read_s=SNAPSHOT_READ_S, safe_to_repeat=True), _read_id)
 
 
-def list_snapshots(sandbox_id: str | None) -> Call[list[Snapshot]]:
-    return Call(build("GET", "/snapshots", {"sandbox_id": sandbox_id}), _read_list)
+def list_snapshots(sandbox_id: str | None, automatic: bool) -> Call[list[Snapshot]]:
+    return Call(build("GET", "/snapshots", {"sandbox_id": sandbox_id, "automatic": automatic or None}), _read_list)
+
+
+def history(sandbox_id: str, limit: int | None) -> Call[list[Snapshot]]:
+    return Call(build("GET", f"{root(sandbox_id)}/history", {"limit": limit}), _read_list)
+
+
+def restore(sandbox_id: str, point: str, undo: bool) -> Call[wire.Restored]:
+    """Not repeated after a lost answer: what happened in between would be lost."""
+    body = validated(wire.RestoreRequest, point=point, undo=None if undo else False)
+    return Call(build("POST", f"{root(sandbox_id)}/restore", body=body, read_s=SNAPSHOT_READ_S), reads(wire.Restored))
 
 
 def get(snapshot_id: str) -> Call[Snapshot]:
@@ -32,6 +44,10 @@ def get(snapshot_id: str) -> Call[Snapshot]:
 
 def delete(snapshot_id: str) -> Call[None]:
     return Call(build("DELETE", f"/snapshots/{segment(snapshot_id)}"), nothing)
+
+
+def id_of(point: str | Snapshot) -> str:
+    return point if isinstance(point, str) else point.id
 
 
 def verified(snapshot: Snapshot) -> bool:
@@ -58,7 +74,7 @@ def _read_id(answer: Answer) -> str:
 
 def _read_list(answer: Answer) -> list[Snapshot]:
     data = answer.json()
-    items = data.get("snapshots", data.get("items")) if isinstance(data, dict) else data
+    items = data.get("snapshots", data.get("points", data.get("items"))) if isinstance(data, dict) else data
     return [_snapshot(item) for item in items or []]
 
 
