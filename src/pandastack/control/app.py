@@ -1,6 +1,6 @@
 """Builds every part of the control plane and joins them. Read this first.
 
-    app -> routes -> parts -> gateway | reconcile -> forks | snapshots -> states -> sandboxes -> creates | access | placement | templates
+    app -> routes -> parts -> gateway | reconcile -> forks | diff | snapshots -> states -> sandboxes -> creates | access | placement | templates
         -> work -> store | hosts | meters
 
 `build` is called by whoever starts the process, with the host it should use. Starting is the same as recovering: the
@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from pandastack.control import logs, store
 from pandastack.control.access import Keys
 from pandastack.control.creates import Creates
+from pandastack.control.diff import Diffs
 from pandastack.control.forks import Forks
 from pandastack.control.gateway import Gateway
 from pandastack.control.hosts import Host
@@ -29,6 +30,7 @@ from pandastack.control.parts import Parts
 from pandastack.control.reconcile import Reconciler
 from pandastack.control.routes import (
     answers,
+    diff,
     document,
     exec,
     files,
@@ -53,7 +55,7 @@ from pandastack.errors import BadRequestError, CapacityError, NotFoundError, Pan
 
 log = structlog.get_logger(__name__)
 
-MODULES = (sandboxes, states, snapshots, forks, exec, processes, files, templates, tokens, system)
+MODULES = (sandboxes, states, snapshots, forks, diff, exec, processes, files, templates, tokens, system)
 
 
 def build(settings: ControlSettings, host: Host) -> FastAPI:
@@ -116,6 +118,7 @@ async def assemble(settings: ControlSettings, host: Host, records: store.Store, 
         states=changes,
         snapshots=saved,
         forks=Forks(records, host, creates, service, changes, crew, settings, meters),
+        diffs=Diffs(host, changes, saved, settings),
         bakes=bakes,
         gateway=Gateway(host, settings, meters),
         reconciler=reconciler,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pandastack.control.access import Keys
+from pandastack.control.diff import Diffs
 from pandastack.control.forks import Forks
 from pandastack.control.gateway import Gateway
 from pandastack.control.hosts import Host
@@ -32,6 +33,7 @@ class Parts:
     states: States
     snapshots: Snapshots
     forks: Forks
+    diffs: Diffs
     bakes: Bakes
     gateway: Gateway
     reconciler: Reconciler

@@ -13,9 +13,11 @@ from typing import Any, Literal
 from pandastack.errors import PandastackError
 from pandastack.host import files, processes
 from pandastack.host.bakery import Bakery
+from pandastack.host.diff import Diffs
 from pandastack.host.forks import Forks
 from pandastack.host.runtimes.base import Probe
 from pandastack.host.sandboxes import Sandboxes
+from pandastack.wire.diff import HostChange, HostPoint
 from pandastack.wire.files import ChangeMode, FileEntry, FileEvent
 from pandastack.wire.host import (
     HostCreate,
@@ -47,6 +49,7 @@ class HostService:
         self._registry = sandboxes.registry
         self._states = sandboxes.states
         self._forks = forks
+        self._diffs = Diffs(sandboxes)
         self._bakery = bakery
         self._probe = probe
 
@@ -150,6 +153,11 @@ class HostService:
 
     async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         await self._states.delete_snapshot(snapshot_id)
+
+    async def diff(self, a: HostPoint, b: HostPoint, path: bytes, *, patch: bool) -> AsyncGenerator[HostChange, None]:
+        async with contextlib.aclosing(self._diffs.diff(a, b, path, patch=patch)) as changes:
+            async for change in changes:
+                yield change
 
     # Processes
 
