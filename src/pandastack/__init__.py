@@ -67,8 +67,10 @@ if TYPE_CHECKING:
     from pandastack.sdk.results import (
         BakeProgress,
         ExecResult,
+        FileChange,
         FileEvent,
         FileInfo,
+        FileSide,
         FileWritten,
         Lifecycle,
         Me,
@@ -100,8 +102,8 @@ _HOMES = {
     "sdk.files": "AsyncFileWatch AsyncFilesystem FileWatch Filesystem",
     "sdk.processes": "AsyncProcess Process",
     "sdk.results": (
-        "BakeProgress ExecResult FileEvent FileInfo FileWritten Lifecycle Me OutputEvent OutputSlice Promoted SandboxMetrics Snapshot "
-        "Template Token"
+        "BakeProgress ExecResult FileChange FileEvent FileInfo FileSide FileWritten Lifecycle Me OutputEvent OutputSlice Promoted "
+        "SandboxMetrics Snapshot Template Token"
     ),
     "sdk.retry": "CreateRetryEvent",
     "sdk.async_sandboxes": "AsyncSandbox",
@@ -135,10 +137,12 @@ __all__ = [
     "ExecResult",
     "ExploreError",
     "ExploreResult",
+    "FileChange",
     "FileConflict",
     "FileEvent",
     "FileInfo",
     "FileNotFound",
+    "FileSide",
     "FileWatch",
     "FileWritten",
     "Filesystem",

@@ -1,7 +1,7 @@
 """Builds every part of the control plane and joins them. Read this first.
 
-    app -> routes -> parts -> gateway | reconcile -> forks | diff | snapshots -> states -> sandboxes -> creates | access | placement | templates
-        -> work -> store | hosts | meters
+    app -> routes -> parts -> gateway | reconcile -> diff -> forks | snapshots -> states -> sandboxes
+        -> creates | access | placement | templates -> work -> store | hosts | meters
 
 `build` is called by whoever starts the process, with the host it should use. Starting is the same as recovering: the
 store is opened (and migrated), records and host are made to agree, then the first request is answered. Stopping

@@ -118,12 +118,16 @@ class Diffs:
                         change = _change(path, pair, differ)
                         if change is None:
                             continue
-                        if not patch:
-                            yield HostChange(change, b"")
+                        name = _name(path, pair)
+                        if change.kind == "metadata":
+                            yield HostChange(change, _modes(name, pair) if patch else b"")
                             continue
-                        made, size = await self._with_patch(one, two, path, pair, change, left)
-                        left -= size
-                        yield made
+                        if (why := _why_omitted(pair, left)) is not None:
+                            yield _omitted(change, name, why)
+                            continue
+                        left -= _content_bytes(pair)
+                        text = await self._patch(one, two, path, pair, name) if patch else b""
+                        yield _omitted(change, name, "it changed while it was read") if text is None else HostChange(change, text)
 
     # Views
 
@@ -163,28 +167,14 @@ class Diffs:
 
     # Patches
 
-    async def _with_patch(self, one: View, two: View, path: bytes, pair: Pair, change: FileChange, left: int) -> tuple[HostChange, int]:
-        """The change with its patch, and how many bytes of content that took."""
-        name = next(entry.path_bytes for entry in pair if entry is not None) or posixpath.basename(path)
-        sizes = [entry.size for entry in pair if entry is not None and entry.type == "file"]
-        if any(entry is not None and entry.type == "other" for entry in pair):
-            return _omitted(change, name, "it is neither a file nor a link"), 0
-        if any(size > patches.MAX_FILE_BYTES for size in sizes):
-            return _omitted(change, name, f"it is larger than {patches.MAX_FILE_BYTES} bytes"), 0
-        if sum(sizes) > left:
-            return _omitted(change, name, "the patch would be too large"), 0
-        if change.kind == "metadata":
-            # The content is the same, whatever it is.
-            modes = [Blob(patches.file_mode(entry.mode), b"") for entry in pair if entry is not None and entry.type == "file"]
-            text = patches.render(name, *modes) if len(modes) == 2 else b""
-            return HostChange(change, text), 0
+    async def _patch(self, one: View, two: View, root: bytes, pair: Pair, name: bytes) -> bytes | None:
+        """The patch of one name; None where a running sandbox took it away meanwhile."""
         async with self._rendering:
             try:
-                before, after = await _blob(one, path, pair[0]), await _blob(two, path, pair[1])
+                before, after = await _blob(one, root, pair[0]), await _blob(two, root, pair[1])
             except _Gone:
-                return _omitted(change, name, "it changed while it was read"), 0
-            text = await asyncio.to_thread(patches.render, name, before, after)
-        return HostChange(change, text), sum(len(blob.data) for blob in (before, after) if blob is not None)
+                return None
+            return await asyncio.to_thread(patches.render, name, before, after)
 
 
 @contextlib.asynccontextmanager
@@ -345,6 +335,30 @@ async def _blob(view: View, root: bytes, entry: Scanned | None) -> Blob | None:
     if entry.type == "symlink":
         return Blob(b"120000", entry.target_bytes)
     return Blob(patches.file_mode(entry.mode), await view.content(_below(root, entry.path_bytes)))
+
+
+def _name(root: bytes, pair: Pair) -> bytes:
+    """What a patch calls it: its path below the root, or the last name of the root itself."""
+    return next(entry.path_bytes for entry in pair if entry is not None) or posixpath.basename(root)
+
+
+def _modes(name: bytes, pair: Pair) -> bytes:
+    """The patch of a name whose content is the same, whatever that is."""
+    blobs = [Blob(patches.file_mode(entry.mode), b"") for entry in pair if entry is not None and entry.type == "file"]
+    return patches.render(name, *blobs) if len(blobs) == 2 else b""
+
+
+def _content_bytes(pair: Pair) -> int:
+    """How much of both sides a patch is made of, at most."""
+    return sum(entry.size for entry in pair if entry is not None and entry.type == "file")
+
+
+def _why_omitted(pair: Pair, left: int) -> str | None:
+    if any(entry is not None and entry.type == "other" for entry in pair):
+        return "it is neither a file nor a link"
+    if any(entry is not None and entry.type == "file" and entry.size > patches.MAX_FILE_BYTES for entry in pair):
+        return f"it is larger than {patches.MAX_FILE_BYTES} bytes"
+    return "the patch would be too large" if _content_bytes(pair) > left else None
 
 
 def _omitted(change: FileChange, name: bytes, why: str) -> HostChange:

@@ -6,17 +6,21 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from pandastack.control.hosts import closing
 from pandastack.control.parts import Parts
 from pandastack.control.routes import answers
-from pandastack.control.routes.requests import FilePath, Reader, parts
-from pandastack.wire.diff import DEFAULT_CHANGES, ChangeLimit, FileDiff, HostChange
+from pandastack.control.routes.requests import Reader, absolute_path, parts, raw_query
+from pandastack.wire.diff import DEFAULT_CHANGES, ChangeLimit, FileChange, FileDiff, HostChange
 
 router = APIRouter(prefix="/v1", tags=["diff"])
 Here = Annotated[Parts, Depends(parts)]
 Point = Annotated[str, Query(min_length=1, max_length=64, description="the id of a snapshot or a sandbox")]
+
+
+def _below(request: Request, path: Annotated[str, Query(description="absolute; percent-encoded bytes")] = "/") -> bytes:
+    return b"/" if raw_query(request, "path") is None else absolute_path(request, path)
 
 
 @router.get("/diff", response_model=FileDiff, operation_id="diffFiles", responses={200: {"content": {"text/x-diff": {}}}})
@@ -25,7 +29,7 @@ async def diff(
     caller: Reader,
     a: Point,
     b: Point,
-    path: FilePath,
+    path: Annotated[bytes, Depends(_below)],
     format: Annotated[Literal["json", "patch"], Query(description="`patch` is what git writes, relative to `path`")] = "json",
     limit: Annotated[ChangeLimit, Query(description="changes in a listing")] = DEFAULT_CHANGES,
 ) -> Response:
@@ -39,7 +43,7 @@ async def diff(
             undo.pop_all()
         data = here.gateway.counted_out(_patch(first, found), at_most=None)
         return answers.ByteStream(here, caller, data, media_type="text/x-diff")
-    changes = []
+    changes: list[FileChange] = []
     async with closing(found):
         async for change, _patch_of_it in found:
             if len(changes) == limit:
