@@ -3,7 +3,7 @@
 Only gVisor has links, owners, clocks and shared memory to show; what the in-memory guest has is asked of both.
 """
 
-# ruff: noqa: F811, ASYNC240, ASYNC221 - fixtures of another module; a folder of seven names does not block a loop
+# ruff: noqa: F811, ASYNC240 - fixtures of another module; a folder of seven names does not block a loop
 
 from __future__ import annotations
 
