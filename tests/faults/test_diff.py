@@ -62,6 +62,8 @@ async def _compare(host: HostService, a: HostPoint, b: HostPoint) -> list[str]:
 @pytest.mark.parametrize("error", [RuntimeFailed, GuestGone, GuestProtocolError])
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_step_fails(tmp_path: Path, step: str, error: type[PandastackError]) -> None:
+    if (step, error) == ("hello", RuntimeFailed):
+        pytest.skip("a greeting cannot refuse")
     world = World(tmp_path)
     async with world.opened() as host:
         box, (one, two) = await _points(host)

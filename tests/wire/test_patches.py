@@ -47,28 +47,25 @@ def _possible(tree: Tree) -> Tree:
 trees = st.dictionaries(paths, blobs, max_size=6).map(_possible)
 
 
-def _write(root: bytes, tree: Tree) -> None:
-    for path, blob in tree.items():
-        full = root + b"/" + path
-        os.makedirs(os.path.dirname(full), exist_ok=True)
+def _write(root: Path, tree: Tree) -> None:
+    for name, blob in tree.items():
+        path = root / os.fsdecode(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if blob.mode == b"120000":
-            os.symlink(blob.data, full)
+            os.symlink(blob.data, path)  # noqa: PTH211 - a Path would tidy the target up
         else:
-            Path(os.fsdecode(full)).write_bytes(blob.data)
-            os.chmod(full, int(blob.mode[-3:], 8))
+            path.write_bytes(blob.data)
+            path.chmod(int(blob.mode[-3:], 8))
 
 
-def _read(root: bytes) -> Tree:
+def _read(root: Path) -> Tree:
     found = {}
-    for folder, _, files in os.walk(root):
-        for name in [*files, *(one for one in os.listdir(folder) if os.path.islink(os.path.join(folder, one)) and one not in files)]:
-            full = os.path.join(folder, name)
-            if os.path.islink(full):
-                blob = Blob(b"120000", os.readlink(full))
-            else:
-                mode = b"100755" if os.stat(full).st_mode & 0o100 else b"100644"
-                blob = Blob(mode, Path(os.fsdecode(full)).read_bytes())
-            found[full[len(root) + 1 :]] = blob
+    for path in root.rglob("*"):
+        name = os.fsencode(path.relative_to(root))
+        if path.is_symlink():
+            found[name] = Blob(b"120000", os.fsencode(os.readlink(path)))  # noqa: PTH115 - a Path would tidy the target up
+        elif path.is_file():
+            found[name] = Blob(patches.file_mode(path.stat().st_mode), path.read_bytes())
     return found
 
 
@@ -79,7 +76,7 @@ def _patch(one: Tree, two: Tree) -> bytes:
 
 def _applied(one: Tree, patch: bytes, *options: str) -> Tree:
     with tempfile.TemporaryDirectory() as folder:
-        _write(os.fsencode(folder), one)
+        _write(Path(folder), one)
         if patch:
             alone = {
                 **os.environ,
@@ -88,7 +85,7 @@ def _applied(one: Tree, patch: bytes, *options: str) -> Tree:
                 "GIT_CONFIG_SYSTEM": "/dev/null",
             }
             subprocess.run(["git", "apply", *options, "-"], cwd=folder, input=patch, check=True, env=alone, stderr=subprocess.PIPE)
-        return _read(os.fsencode(folder))
+        return _read(Path(folder))
 
 
 @needs_git
