@@ -90,7 +90,7 @@ def test_what_became_of_the_files_is_told(client: Client) -> None:
 
 @pytest.mark.anyio
 async def test_the_async_client_tells_it_too(live: Live) -> None:
-    async with AsyncClient(live.api_url, live.api_key) as client, client.sandboxes.create("base") as sandbox:
+    async with AsyncClient(live.api_url, live.api_key) as client, await client.sandboxes.create("base") as sandbox:
         snapshot_id = await sandbox.snapshot()
         await sandbox.filesystem.write("/w/new", "new\n")
         assert [change.path for change in await sandbox.diff(path="/w")] == ["/w", "/w/new"]
