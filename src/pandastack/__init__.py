@@ -68,8 +68,10 @@ if TYPE_CHECKING:
         BakeProgress,
         Checkpoints,
         ExecResult,
+        FileChange,
         FileEvent,
         FileInfo,
+        FileSide,
         FileWritten,
         Lifecycle,
         Me,
@@ -104,8 +106,8 @@ _HOMES = {
     "sdk.files": "AsyncFileWatch AsyncFilesystem FileWatch Filesystem",
     "sdk.processes": "AsyncProcess Process",
     "sdk.results": (
-        "BakeProgress Checkpoints ExecResult FileEvent FileInfo FileWritten Lifecycle Me OutputEvent OutputSlice Promoted Quota "
-        "SandboxMetrics SandboxUsage Snapshot Template Token WorkspaceUsage"
+        "BakeProgress Checkpoints ExecResult FileChange FileEvent FileInfo FileSide FileWritten Lifecycle Me OutputEvent OutputSlice "
+        "Promoted Quota SandboxMetrics SandboxUsage Snapshot Template Token WorkspaceUsage"
     ),
     "sdk.retry": "CreateRetryEvent",
     "sdk.async_sandboxes": "AsyncSandbox",
@@ -140,10 +142,12 @@ __all__ = [
     "ExecResult",
     "ExploreError",
     "ExploreResult",
+    "FileChange",
     "FileConflict",
     "FileEvent",
     "FileInfo",
     "FileNotFound",
+    "FileSide",
     "FileWatch",
     "FileWritten",
     "Filesystem",

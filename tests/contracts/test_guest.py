@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import shutil
 import signal
@@ -453,6 +454,38 @@ class TestFiles:
         assert {("create", "new"), ("move_from", "new"), ("move_to", "moved")} <= seen
         # Where it was when the guest came to look: both names are true at some moment.
         assert {("create", "new/file"), ("create", "moved/file")} & seen
+
+    async def test_a_tree_is_read_in_order_also_while_nothing_moves(self, guest: Guest, tmp_path: Path) -> None:
+        root = tmp_path / "tree"
+        (root / "a" / "deep").mkdir(parents=True)
+        for name in ("a/z", "a.c", "b"):
+            (root / name).write_text(name)
+        (root / os.fsdecode(b"odd\n\xff")).write_text("odd")
+        (root / "link").symlink_to("/nowhere")
+        os.mkfifo(root / "pipe")
+        (root / ".pandastack-half").write_text("an upload")
+        expected = [b"", b"a", b"a/deep", b"a/z", b"a.c", b"b", b"link", b"odd\n\xff", b"pipe"]
+        for freeze in (False, True):
+            if freeze:
+                await guest.seal(freeze=True)
+            found = [entry async for entry in guest.scan(root, 9)]
+            assert [entry.path_bytes for entry in found] == expected
+            assert [entry.type for entry in found] == ["directory"] * 3 + ["file"] * 3 + ["symlink", "file", "other"]
+            assert found[6].target_bytes == b"/nowhere"
+            status = (root / "b").stat()
+            assert (found[5].size, found[5].mtime_ns, found[5].ctime_ns) == (1, status.st_mtime_ns, status.st_ctime_ns)
+            paths = [os.fsencode(root) + b"/" + name for name in (b"b", b"link", b"a", b"gone", b"odd\n\xff")]
+            hashes = [hashlib.sha256(text).hexdigest() if text else None for text in (b"b", None, None, None, b"odd")]
+            assert await guest.digests(paths) == hashes
+            _, body = await guest.read_file(root / "b")
+            assert b"".join([piece async for piece in body]) == b"b"
+            with pytest.raises(errors.TooLarge):
+                [entry async for entry in guest.scan(root, 8)]
+            with pytest.raises(errors.FileNotFound):
+                [entry async for entry in guest.scan(root / "gone", 8)]
+        assert await guest.unseal() >= 0
+        assert [entry.path_bytes for entry in [entry async for entry in guest.scan(root / "b", 1)]] == [b""]
+        assert await guest.digests([b"/gone"] * 1000) == [None] * 1000
 
 
 class TestMachine:

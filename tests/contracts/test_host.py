@@ -18,6 +18,7 @@ from hosts import World
 from pandastack.control.fake_host import FakeHost
 from pandastack.control.hosts import Host, closing
 from pandastack.errors import Conflict, FileConflict, FileNotFound, ProcessNotFound, SandboxNotFound, SnapshotNotFound, TemplateNotFound
+from pandastack.wire.diff import HostPoint
 from pandastack.wire.files import ChangeMode
 from pandastack.wire.host import HostChild, HostCreate, HostFork, HostRewind, Output, ProcessExit
 from pandastack.wire.ids import ProcessId, SandboxId, new_process_id, new_sandbox_id, new_snapshot_id
@@ -413,3 +414,40 @@ async def test_only_its_own_point_will_do(host: Host, box: SandboxId) -> None:
     assert await host.list_snapshots() == [foreign]
     assert len(await host.list()) == 2
     await host.delete_snapshot(foreign.id)
+
+
+class TestDifferences:
+    async def test_of_a_snapshot_and_what_became_of_it(self, host: Host, box: SandboxId) -> None:
+        await host.write_file(box, b"/w/kept", pieces(b"as it is\n"))
+        await host.write_file(box, b"/w/text", pieces(b"one\n"))
+        await host.write_file(box, b"/w/gone/file", pieces(b"x\n"))
+        name = new_snapshot_id()
+        await host.snapshot(box, name)
+        await host.write_file(box, b"/w/text", pieces(b"two\n"))
+        await host.write_file(box, b"/w/\xff", pieces(b"new\n"))
+        await host.remove_file(box, b"/w/gone", recursive=True)
+        await host.change_mode(box, b"/w/kept", ChangeMode(path="/w/kept", mode="0755"))
+        await host.hibernate(box, reason="request")
+        one, two = HostPoint(kind="snapshot", id=name), HostPoint(kind="sandbox", id=box)
+
+        async with closing(host.diff(one, two, b"/w", patch=True)) as items:
+            found = [item async for item in items]
+        assert [(change.path, change.kind) for change, _ in found] == [
+            ("/w/gone", "removed"), ("/w/gone/file", "removed"), ("/w/kept", "metadata"), ("/w/text", "modified"), ("/w/\ufffd", "added"),
+        ]  # fmt: skip
+        assert found[-1].change.path_b64
+        assert b"diff --git a/text b/text\n" in found[3].patch
+        assert b"-one\n+two\n" in found[3].patch
+        assert (await host.get(box)).status == "hibernated"
+
+        async with closing(host.diff(one, two, b"/w/text", patch=False)) as items:
+            assert [(change.path, patch) async for change, patch in items] == [("/w/text", b"")]
+        async with closing(host.diff(one, one, b"/", patch=False)) as items:
+            assert [item async for item in items] == []
+        with pytest.raises(FileNotFound):
+            async with closing(host.diff(one, two, b"/nowhere", patch=False)) as items:
+                await anext(items)
+        with pytest.raises(SnapshotNotFound):
+            async with closing(host.diff(one.model_copy(update={"id": new_snapshot_id()}), two, b"/", patch=False)) as items:
+                await anext(items)
+        await host.delete_snapshot(name)

@@ -304,3 +304,51 @@ async def test_bulk_is_fast_enough() -> None:
             received = sum([len(piece.data) async for piece in stream])
         assert received == total
         assert time.monotonic() - begun < 10
+
+
+def _entry(path: str, **more: object) -> dict[str, object]:
+    numbers = {"size": 0, "mode": 0o644, "uid": 0, "gid": 0, "mtime_ns": 0, "ctime_ns": 0}
+    return {"path": path, "type": "file", "pristine": False, **numbers, **more}
+
+
+TREES: dict[str, tuple[list[dict[str, object]], int]] = {
+    "no root": ([_entry("a")], 1),
+    "backwards": ([_entry(""), _entry("b"), _entry("a")], 3),
+    "a name twice": ([_entry(""), _entry("a"), _entry("a")], 3),
+    "out of the tree": ([_entry(""), _entry("../etc")], 2),
+    "an absolute path": ([_entry(""), _entry("/etc")], 2),
+    "a NUL": ([_entry(""), _entry("a\0b")], 2),
+    "more than asked for": ([_entry(""), *(_entry(f"{number}") for number in range(9))], 10),
+    "less than was counted": ([_entry("")], 2),
+    "another shape": ([_entry("", extra=1)], 1),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+async def test_a_tree_that_is_none_is_refused(name: str) -> None:
+    entries, count = TREES[name]
+    async with connected() as (fake, guest):
+
+        async def walk() -> None:
+            async for _ in guest.scan("/", 9):
+                pass
+
+        walking = asyncio.ensure_future(walk())
+        number, _ = await fake.expect(Kind.CALL)
+        fake.send(Kind.REPLY, number, {})
+        fake.send(Kind.DATA, number, json.dumps({"entries": entries}).encode() + b"\n")
+        fake.send(Kind.END, number, {"count": count})
+        with pytest.raises(errors.GuestProtocolError):
+            await walking
+
+
+@pytest.mark.parametrize("digests", [[], ["a" * 64] * 2, ["A" * 64], ["short"]])
+async def test_digests_that_are_none_are_refused(digests: list[str]) -> None:
+    async with connected() as (fake, guest):
+        asking = asyncio.ensure_future(guest.digests([b"/a"]))
+        number, _ = await fake.expect(Kind.CALL)
+        fake.send(Kind.REPLY, number, {})
+        fake.send(Kind.DATA, number, json.dumps({"digests": digests}).encode() + b"\n")
+        fake.send(Kind.END, number, {"count": 1})
+        with pytest.raises(errors.GuestProtocolError):
+            await asking

@@ -75,6 +75,48 @@ def test_use_is_told_without_waking_anything(client: Client) -> None:
     client.snapshots.delete(snapshot_id)
 
 
+def test_what_became_of_the_files_is_told(client: Client) -> None:
+    with client.sandboxes.create("base") as sandbox:
+        with pytest.raises(errors.SnapshotNotFound):
+            sandbox.diff()
+        sandbox.filesystem.write("/w/text", "one\n")
+        snapshot_id = sandbox.snapshot()
+        assert sandbox.diff() == []
+        sandbox.filesystem.write("/w/text", "two\n")
+        sandbox.filesystem.write(b"/w/\xff", "new\n")
+        found = sandbox.diff()
+        assert [(change.path, change.kind) for change in found] == [("/w/text", "modified"), ("/w/\udcff", "added")]
+        assert found[1].before is None
+        assert found[1].after is not None
+        assert (found[1].after.type, found[1].after.size, found[1].after.mode) == ("file", 4, "0644")
+        assert client.diff(client.snapshots.get(snapshot_id), sandbox) == client.diff(snapshot_id, sandbox.id, path=b"/w") == found
+        assert [change.kind for change in client.diff(sandbox, snapshot_id)] == ["modified", "removed"]
+        patch = sandbox.diff_patch(snapshot_id, path="/w/text")
+        assert patch == client.diff_patch(snapshot_id, sandbox, path="/w/text")
+        assert b"-one\n+two\n" in patch
+        with pytest.raises(errors.FileNotFound):
+            sandbox.diff(path="/nowhere")
+        with pytest.raises(errors.InvalidRequest):
+            sandbox.diff(path="relative")
+        with sandbox.fork() as child:
+            assert child.diff(sandbox) == []
+        client.snapshots.delete(snapshot_id)
+    with pytest.raises(errors.NotFoundError):
+        client.diff(snapshot_id, sandbox)
+
+
+@pytest.mark.anyio
+async def test_the_async_client_tells_it_too(live: Live) -> None:
+    async with AsyncClient(live.api_url, live.api_key) as client, await client.sandboxes.create("base") as sandbox:
+        snapshot_id = await sandbox.snapshot()
+        await sandbox.filesystem.write("/w/new", "new\n")
+        assert [change.path for change in await sandbox.diff(path="/w")] == ["/w", "/w/new"]
+        assert [change.path for change in await client.diff(sandbox, snapshot_id)] == ["/w", "/w/new"]
+        assert b"+new\n" in await sandbox.diff_patch()
+        assert b"-new\n" in await client.diff_patch(sandbox, snapshot_id)
+        await client.snapshots.delete(snapshot_id)
+
+
 def test_forks_are_apart_and_know_where_they_come_from(client: Client) -> None:
     with client.sandboxes.create(metadata={"job": "17"}) as parent:
         parent.filesystem.write("/tmp/x", "shared")

@@ -26,15 +26,17 @@ const (
 // Methods returns what a host may call; see PROTOCOL.md, section 6.
 func Methods() map[string]session.Method {
 	return map[string]session.Method{
-		"file.read":   callRead,
-		"file.write":  callWrite,
-		"file.stat":   callStat,
-		"file.list":   callList,
-		"file.mkdir":  callMkdir,
-		"file.move":   callMove,
-		"file.remove": callRemove,
-		"file.chmod":  callChmod,
-		"file.watch":  callWatch,
+		"file.read":    callRead,
+		"file.write":   callWrite,
+		"file.stat":    callStat,
+		"file.list":    callList,
+		"file.mkdir":   callMkdir,
+		"file.move":    callMove,
+		"file.remove":  callRemove,
+		"file.chmod":   callChmod,
+		"file.watch":   callWatch,
+		"file.scan":    callScan,
+		"file.digests": callDigests,
 	}
 }
 

@@ -107,6 +107,7 @@ func (m *Machine) admit(method string) (thawed chan struct{}, leave func(), err 
 	defer m.mutex.Unlock()
 	switch method {
 	case "machine.health", "machine.seal", "machine.unseal", "machine.identity":
+	case "file.scan", "file.digests", "file.read": // What was saved can be read in a copy that will never run.
 	default:
 		if m.thawed != nil {
 			return m.thawed, nil, nil

@@ -38,8 +38,9 @@ func (none) Hook(string, string, time.Duration, <-chan struct{}) error {
 func TestSealedAdmitsOnlyTheMachine(t *testing.T) {
 	machine := New("test", none{})
 	machine.sealed = true
-	for method, allowed := range map[string]bool{"process.run": false, "file.read": false, "machine.warm": false,
-		"machine.health": true, "machine.identity": true, "machine.seal": true, "machine.unseal": true} {
+	for method, allowed := range map[string]bool{"process.run": false, "file.write": false, "file.list": false, "machine.warm": false,
+		"machine.health": true, "machine.identity": true, "machine.seal": true, "machine.unseal": true,
+		"file.scan": true, "file.digests": true, "file.read": true} {
 		if _, err := machine.Admit(&session.Stream{}, method); (err == nil) != allowed {
 			t.Fatal(method, err)
 		}

@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from pandastack.cli import commands, console, files, local, processes, sandboxes, selftest, snapshots, storage, templates, tokens, usage
+from pandastack.cli import (
+    commands,
+    console,
+    diff,
+    files,
+    local,
+    processes,
+    sandboxes,
+    selftest,
+    snapshots,
+    storage,
+    templates,
+    tokens,
+    usage,
+)
 
 app = console.group("Run code in isolated sandboxes on your own machines.")
 
@@ -14,6 +28,7 @@ app.command()(local.up)
 app.command()(local.setup)
 app.command()(local.doctor)
 app.command()(commands.run)
+app.command()(diff.diff)
 app.add_typer(sandboxes.app, name="sandbox")
 app.add_typer(sandboxes.app, name="sb", hidden=True)
 app.add_typer(snapshots.app, name="snapshot")

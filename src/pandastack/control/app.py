@@ -1,6 +1,6 @@
 """Builds every part of the control plane and joins them. Read this first.
 
-    app -> routes -> parts -> gateway | reconcile | history -> checkpoints -> forks | snapshots | usage -> states -> sandboxes
+    app -> routes -> parts -> gateway | reconcile | history -> checkpoints | diff -> forks | snapshots | usage -> states -> sandboxes
         -> creates | access | placement | templates | thinning -> work | quotas -> store | hosts | meters
 
 `build` is called by whoever starts the process, with the host it should use. Starting is the same as recovering: the
@@ -22,6 +22,7 @@ from pandastack.control import logs, store
 from pandastack.control.access import Keys
 from pandastack.control.checkpoints import Checkpoints
 from pandastack.control.creates import Creates
+from pandastack.control.diff import Diffs
 from pandastack.control.forks import Forks
 from pandastack.control.gateway import Gateway
 from pandastack.control.history import History
@@ -32,6 +33,7 @@ from pandastack.control.quotas import Quotas
 from pandastack.control.reconcile import Reconciler
 from pandastack.control.routes import (
     answers,
+    diff,
     document,
     exec,
     files,
@@ -59,7 +61,7 @@ from pandastack.errors import BadRequestError, CapacityError, NotFoundError, Pan
 
 log = structlog.get_logger(__name__)
 
-MODULES = (sandboxes, states, snapshots, history, forks, usage, exec, processes, files, templates, tokens, system)
+MODULES = (sandboxes, states, snapshots, history, forks, diff, usage, exec, processes, files, templates, tokens, system)
 
 
 def build(settings: ControlSettings, host: Host) -> FastAPI:
@@ -126,6 +128,7 @@ async def assemble(settings: ControlSettings, host: Host, records: store.Store, 
         checkpoints=checkpoints,
         history=History(records, host, creates, service, changes, saved, checkpoints, crew, meters),
         forks=Forks(records, host, creates, service, changes, crew, settings, meters),
+        diffs=Diffs(host, changes, saved, settings),
         usages=Usages(records, host, service, quotas, settings),
         bakes=bakes,
         gateway=Gateway(host, checkpoints, settings, meters),

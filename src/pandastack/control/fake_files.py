@@ -10,7 +10,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
 from pandastack.errors import FileConflict, FileNotFound
+from pandastack.wire import patches
+from pandastack.wire.diff import ChangeKind, FileChange, FileSide, HostChange
 from pandastack.wire.files import ChangeMode, FileEntry, FileEvent
+from pandastack.wire.patches import Blob
 
 PIECE_BYTES = 256 << 10
 _ZEROS = bytes(PIECE_BYTES)
@@ -46,6 +49,16 @@ class FakeFiles:
     def content(self, path: bytes) -> bytes | None:
         node = self._nodes.get(_clean(path))
         return node.data if node is not None else None
+
+    def differences(self, other: FakeFiles, root: bytes) -> list[HostChange]:
+        """What became of the files below `root` in the other tree, each with its patch."""
+        root = _clean(root)
+        start = root.rstrip(b"/") + b"/"
+        names = {path for nodes in (self._nodes, other._nodes) for path in nodes if path == root or path.startswith(start)}
+        if not names:
+            raise FileNotFound("neither side has this path", path=_text(root))
+        found = (_difference(path, path[len(start) :] or path.rpartition(b"/")[2], self, other) for path in sorted(names, key=_parts))
+        return [change for change in found if change is not None]
 
     def stat(self, path: bytes) -> FileEntry:
         path = _clean(path)
@@ -205,3 +218,33 @@ def _entry(path: bytes, node: Node, size: int | None = None) -> FileEntry:
         mtime=node.mtime_ns // 1_000_000_000,
         mtime_ns=node.mtime_ns,
     )
+
+
+def _parts(path: bytes) -> list[bytes]:
+    return path.strip(b"/").split(b"/")
+
+
+def _difference(path: bytes, name: bytes, one: FakeFiles, two: FakeFiles) -> HostChange | None:
+    a, b = one._nodes.get(path), two._nodes.get(path)
+    kind: ChangeKind
+    if a is None or b is None:
+        kind = "added" if a is None else "removed"
+    elif (a.data is None) != (b.data is None):
+        kind = "type"
+    elif a.data != b.data:
+        kind = "modified"
+    elif (a.mode, a.owner) != (b.mode, b.owner):
+        kind = "metadata"
+    else:
+        return None
+    before, after = (None if node is None else _entry(path, node) for node in (a, b))
+    text = _text(path)
+    change = FileChange(
+        path=text,
+        path_b64=None if text.encode() == path else base64.b64encode(path).decode(),
+        kind=kind,
+        before=FileSide(**before.model_dump()) if before else None,
+        after=FileSide(**after.model_dump()) if after else None,
+    )
+    old, new = (Blob(patches.file_mode(node.mode), node.data) if node is not None and node.data is not None else None for node in (a, b))
+    return HostChange(change, patches.render(name, old, new))

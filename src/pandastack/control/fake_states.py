@@ -25,6 +25,7 @@ from pandastack.errors import (
     TemplateNotFound,
     TemplateNotReady,
 )
+from pandastack.wire.diff import HostChange, HostPoint
 from pandastack.wire.host import EventKind, HostCreate, HostEvent, HostFork, HostRewind, HostRewound, HostSandbox, HostSnapshot
 from pandastack.wire.ids import ProcessId, SandboxId, SnapshotId
 from pandastack.wire.templates import TemplateState
@@ -268,7 +269,26 @@ class FakeStates:
         self.snapshots.pop(snapshot_id, None)
         await self._step("delete_snapshot.after")
 
+    async def diff(self, a: HostPoint, b: HostPoint, path: bytes, *, patch: bool) -> AsyncIterator[HostChange]:
+        await self._step("diff")
+        one, two = await self._files(a), await self._files(b)
+        for found in one.differences(two, path) if a != b else ():
+            yield found if patch else found._replace(patch=b"")
+
     # Inside
+
+    async def _files(self, point: HostPoint) -> FakeFiles:
+        """A hibernated sandbox sleeps on; a paused one is resumed."""
+        if point.kind == "snapshot":
+            found = self._saved(SnapshotId(point.id))
+            self._check_room(found.saved.memory_mb)
+            return found.files
+        sandbox = self._usable(SandboxId(point.id))
+        if sandbox.state.status == "hibernated":
+            self._check_room(sandbox.state.memory_mb)
+        else:
+            await self._live(SandboxId(point.id))
+        return sandbox.files
 
     async def _step(self, name: str, *, undo: Sequence[SandboxId] = (), undo_snapshot: SnapshotId | None = None) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1

@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager
 from typing import Generic, Literal, Protocol, TypeVar
 
 from pandastack.errors import GuestTimeout, PandastackError
+from pandastack.wire.diff import HostChange, HostPoint
 from pandastack.wire.files import ChangeMode, FileEntry, FileEvent
 from pandastack.wire.host import (
     HostCreate,
@@ -165,6 +166,15 @@ class Host(Protocol):
 
     async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         """Idempotent: an unknown id is success. Sandboxes made from it are not touched."""
+        ...
+
+    def diff(self, a: HostPoint, b: HostPoint, path: bytes, *, patch: bool) -> AsyncIterator[HostChange]:
+        """What became of the files below `path` (a directory or one file) from `a` to `b`, sorted by the parts of their names.
+
+        Nothing is woken but a paused sandbox that is compared as it is. A point compared with itself has no changes. Raises
+        FileNotFound where neither has the path, TooLarge where one has too many files below it, Conflict where a saved state is of
+        a version that cannot be looked into; SnapshotNotFound, SnapshotUnusable, CapacityError, DiskFull as a restore does.
+        """
         ...
 
     # Processes

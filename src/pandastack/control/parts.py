@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pandastack.control.access import Keys
 from pandastack.control.checkpoints import Checkpoints
+from pandastack.control.diff import Diffs
 from pandastack.control.forks import Forks
 from pandastack.control.gateway import Gateway
 from pandastack.control.history import History
@@ -37,6 +38,7 @@ class Parts:
     checkpoints: Checkpoints
     history: History
     forks: Forks
+    diffs: Diffs
     usages: Usages
     bakes: Bakes
     gateway: Gateway

@@ -13,10 +13,12 @@ from typing import Any, Literal
 from pandastack.errors import PandastackError
 from pandastack.host import files, processes, usage
 from pandastack.host.bakery import Bakery
+from pandastack.host.diff import Diffs
 from pandastack.host.forks import Forks
 from pandastack.host.rewind import Rewinds
 from pandastack.host.runtimes.base import Probe
 from pandastack.host.sandboxes import Sandboxes
+from pandastack.wire.diff import HostChange, HostPoint
 from pandastack.wire.files import ChangeMode, FileEntry, FileEvent
 from pandastack.wire.host import (
     HostCreate,
@@ -52,6 +54,7 @@ class HostService:
         self._states = sandboxes.states
         self._forks = forks
         self._rewinds = Rewinds(self._states)
+        self._diffs = Diffs(sandboxes)
         self._bakery = bakery
         self._probe = probe
 
@@ -165,6 +168,11 @@ class HostService:
 
     async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         await self._states.delete_snapshot(snapshot_id)
+
+    async def diff(self, a: HostPoint, b: HostPoint, path: bytes, *, patch: bool) -> AsyncGenerator[HostChange, None]:
+        async with contextlib.aclosing(self._diffs.diff(a, b, path, patch=patch)) as changes:
+            async for change in changes:
+                yield change
 
     # Processes
 

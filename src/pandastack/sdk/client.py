@@ -19,10 +19,12 @@ from pandastack.sdk import config, retry
 from pandastack.sdk import transport as transports
 from pandastack.sdk.async_sandboxes import AsyncSandboxes
 from pandastack.sdk.calls import call as calls
+from pandastack.sdk.calls import diff as diff_calls
 from pandastack.sdk.calls import tokens as token_calls
 from pandastack.sdk.calls import usage as usage_calls
-from pandastack.sdk.calls.call import Answer, Call, Request
-from pandastack.sdk.results import Me
+from pandastack.sdk.calls.call import Answer, Call, PathLike, Request
+from pandastack.sdk.calls.diff import Point
+from pandastack.sdk.results import FileChange, Me
 from pandastack.sdk.retry import CreateRetryEvent
 from pandastack.sdk.sandboxes import Sandboxes
 from pandastack.sdk.snapshots import AsyncSnapshots, Snapshots
@@ -154,6 +156,18 @@ class Client(_Base):
         """What the key's workspace has and stores, and what its quotas leave."""
         return self._call(usage_calls.of_workspace())
 
+    def diff(self, a: Point, b: Point, *, path: PathLike = "/") -> list[FileChange]:
+        """What became of the files below `path` from `a` to `b`: snapshots or sandboxes, or ids of them.
+
+        Hibernated sandboxes are not woken, running ones are read while they run. Sorted by the parts of the paths.
+        Raises NotFoundError, FileNotFound (neither has the path), CapacityError (a snapshot is restored for it), TooLarge.
+        """
+        return self._call(diff_calls.changes(a, b, path))
+
+    def diff_patch(self, a: Point, b: Point, *, path: PathLike = "/") -> bytes:
+        """The same as a patch for `git apply`, with names relative to `path`. What cannot be in it is named in lines with `#`."""
+        return self._call(diff_calls.patch(a, b, path))
+
     def close(self) -> None:
         """Close every connection. The client may be used again and then opens new ones."""
         with self._lock:
@@ -250,6 +264,18 @@ class AsyncClient(_Base):
     async def usage(self) -> WorkspaceUsage:
         """What the key's workspace has and stores, and what its quotas leave."""
         return await self._call(usage_calls.of_workspace())
+
+    async def diff(self, a: Point, b: Point, *, path: PathLike = "/") -> list[FileChange]:
+        """What became of the files below `path` from `a` to `b`: snapshots or sandboxes, or ids of them.
+
+        Hibernated sandboxes are not woken, running ones are read while they run. Sorted by the parts of the paths.
+        Raises NotFoundError, FileNotFound (neither has the path), CapacityError (a snapshot is restored for it), TooLarge.
+        """
+        return await self._call(diff_calls.changes(a, b, path))
+
+    async def diff_patch(self, a: Point, b: Point, *, path: PathLike = "/") -> bytes:
+        """The same as a patch for `git apply`, with names relative to `path`. What cannot be in it is named in lines with `#`."""
+        return await self._call(diff_calls.patch(a, b, path))
 
     async def close(self) -> None:
         """Close every connection. The client may be used again and then opens new ones."""

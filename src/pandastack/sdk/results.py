@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, NotRequired, TypedDict
 
 from pandastack import errors
+from pandastack.wire.diff import ChangeKind
 from pandastack.wire.files import FileType
 from pandastack.wire.processes import ExecResult as WireExecResult
 from pandastack.wire.sandboxes import SandboxMetrics
@@ -19,8 +20,10 @@ __all__ = [
     "BakeProgress",
     "Checkpoints",
     "ExecResult",
+    "FileChange",
     "FileEvent",
     "FileInfo",
+    "FileSide",
     "FileWritten",
     "Lifecycle",
     "Me",
@@ -177,6 +180,33 @@ class FileInfo:
     uid: int = 0
     gid: int = 0
     target: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileSide:
+    """A name on one side of a comparison. `mode` is octal text such as "0644"; `target` is where a symbolic link leads."""
+
+    type: FileType
+    size: int
+    mode: str
+    uid: int = 0
+    gid: int = 0
+    target: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileChange:
+    """A name that differs between two points: `added`, `removed`, `modified`, `metadata` (mode or owner only) or `type`.
+
+    `path` carries any Linux name: bytes outside UTF-8 as `os.fsdecode` shows them. `omitted`: it is too large for a patch, or neither
+    a file nor a link.
+    """
+
+    path: str
+    kind: ChangeKind
+    before: FileSide | None = None
+    after: FileSide | None = None
+    omitted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

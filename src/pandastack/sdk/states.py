@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Self, overload
 from pandastack.sdk import branches
 from pandastack.sdk import explore as explorer
 from pandastack.sdk.branches import AsyncScore, Candidate, ExploreResult, OnOutcome, Score, Select
+from pandastack.sdk.calls import diff as diff_calls
 from pandastack.sdk.calls import sandboxes as calls
 from pandastack.sdk.calls import snapshots as snapshot_calls
+from pandastack.sdk.calls.call import PathLike
+from pandastack.sdk.calls.diff import Point
 from pandastack.sdk.facts import Facts
-from pandastack.sdk.results import Lifecycle, Promoted, Snapshot
+from pandastack.sdk.results import FileChange, Lifecycle, Promoted, Snapshot
 
 if TYPE_CHECKING:
     from pandastack.sdk.async_sandboxes import AsyncSandbox
@@ -128,6 +131,21 @@ class States(Facts):
             at=snapshot_calls.id_of(point),
         )  # fmt: skip
         return children[0] if count is None else children
+
+    def diff(self, since: Point | None = None, *, path: PathLike = "/") -> list[FileChange]:
+        """What became of its files below `path` since `since`: a snapshot or another sandbox; None: its newest snapshot.
+
+        It is read while it runs, and it is not woken if it is hibernated. Sorted by the parts of the paths.
+        """
+        if since is None:
+            since = diff_calls.newest(self._client.snapshots.list(self.id))
+        return self._client.diff(since, self, path=path)
+
+    def diff_patch(self, since: Point | None = None, *, path: PathLike = "/") -> bytes:
+        """The same as a patch for `git apply`, with names relative to `path`."""
+        if since is None:
+            since = diff_calls.newest(self._client.snapshots.list(self.id))
+        return self._client.diff_patch(since, self, path=path)
 
     @overload
     def fork(
@@ -313,6 +331,21 @@ class AsyncStates(Facts):
             at=snapshot_calls.id_of(point),
         )  # fmt: skip
         return children[0] if count is None else children
+
+    async def diff(self, since: Point | None = None, *, path: PathLike = "/") -> list[FileChange]:
+        """What became of its files below `path` since `since`: a snapshot or another sandbox; None: its newest snapshot.
+
+        It is read while it runs, and it is not woken if it is hibernated. Sorted by the parts of the paths.
+        """
+        if since is None:
+            since = diff_calls.newest(await self._client.snapshots.list(self.id))
+        return await self._client.diff(since, self, path=path)
+
+    async def diff_patch(self, since: Point | None = None, *, path: PathLike = "/") -> bytes:
+        """The same as a patch for `git apply`, with names relative to `path`."""
+        if since is None:
+            since = diff_calls.newest(await self._client.snapshots.list(self.id))
+        return await self._client.diff_patch(since, self, path=path)
 
     @overload
     async def fork(

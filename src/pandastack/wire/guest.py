@@ -310,6 +310,44 @@ class FileBatch(GuestShape):
     entries: Annotated[list[FileStat], Field(max_length=4096)]
 
 
+class Scanned(GuestShape):
+    """An entry of a tree; `path_bytes` is relative to its root, which itself is empty.
+
+    `pristine`: a file of the image that was never written to. Times alone do not tell: see `file.scan` in PROTOCOL.md.
+    """
+
+    path: LongText
+    path_b64: LongText | None = None
+    type: Literal["file", "directory", "symlink", "other"]
+    size: Count
+    mode: Annotated[int, Field(ge=0, le=0o7777)]
+    uid: Count
+    gid: Count
+    mtime_ns: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+    ctime_ns: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+    pristine: bool
+    target: LongText | None = None
+    target_b64: LongText | None = None
+
+    @property
+    def path_bytes(self) -> bytes:
+        return _unbase64(self.path_b64) if self.path_b64 is not None else self.path.encode()
+
+    @property
+    def target_bytes(self) -> bytes:
+        return _unbase64(self.target_b64) if self.target_b64 is not None else (self.target or "").encode()
+
+
+class ScanBatch(GuestShape):
+    entries: Annotated[list[Scanned], Field(max_length=4096)]
+
+
+class DigestBatch(GuestShape):
+    """SHA-256 in hex, in the order of the paths; None for what is no file (any more)."""
+
+    digests: Annotated[list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None], Field(max_length=1000)]
+
+
 class WatchEvent(GuestShape):
     type: Literal["create", "modify", "attributes", "delete", "move_from", "move_to"]
     path: LongText

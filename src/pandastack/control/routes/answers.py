@@ -153,9 +153,16 @@ class ByteStream(Response):
     """A download. Each piece goes to the socket as it is; the host is asked for the next when the socket has taken it."""
 
     def __init__(
-        self, parts: Parts, caller: Caller, data: AsyncIterator[bytes], *, status: int = 200, headers: Mapping[str, str] | None = None
+        self,
+        parts: Parts,
+        caller: Caller,
+        data: AsyncIterator[bytes],
+        *,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        media_type: str = "application/octet-stream",
     ) -> None:
-        super().__init__(b"", status, headers=headers, media_type="application/octet-stream")
+        super().__init__(b"", status, headers=headers, media_type=media_type)
         if headers is None or "content-length" not in headers:
             del self.headers["content-length"]
         self._parts = parts

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from pandastack.errors import GuestProtocolError, PandastackError
@@ -178,6 +178,43 @@ class Guest:
                 for entry in wire.parse(wire.FileBatch, line).entries:
                     yield entry
 
+    async def scan(self, path: Path, limit: int, *, timeout_s: float = ANSWER_TIMEOUT_S) -> AsyncGenerator[wire.Scanned, None]:
+        """A tree in the order of its paths' parts, from its root on, links not followed, other file systems left out.
+
+        `timeout_s` is for each part of the answer. Raises TooLarge where there are more entries than `limit`, GuestProtocolError
+        where they do not come in order. Works while the guest is sealed.
+        """
+        last: list[bytes] | None = None
+        async with self.connection.call("file.scan", {**_path(path), "limit": limit}) as stream:
+            async with deadline(timeout_s):
+                await stream.reply()
+            count, lines = 0, stream.lines()
+            while (line := await _next(lines, timeout_s)) is not None:
+                for entry in wire.parse(wire.ScanBatch, line).entries:
+                    parts = _parts(entry.path_bytes)
+                    if (count := count + 1) > limit or (parts != [] if last is None else parts <= last):
+                        raise GuestProtocolError("the guest sent a tree that is none")
+                    last = parts
+                    yield entry
+            if wire.parse(wire.Counted, stream.end).count != count:
+                raise GuestProtocolError("the guest sent a tree that is not whole")
+
+    async def digests(self, paths: Sequence[bytes], *, timeout_s: float = ANSWER_TIMEOUT_S) -> list[str | None]:
+        """SHA-256 of the content of files (at most 1000), in order; None for what is no file. `timeout_s` is for a hundred of them."""
+        found: list[str | None] = []
+        params = {"paths_b64": [base64.b64encode(path).decode() for path in paths]}
+        async with self.connection.call("file.digests", params) as stream:
+            async with deadline(timeout_s):
+                await stream.reply()
+            lines = stream.lines()
+            while (line := await _next(lines, timeout_s)) is not None:
+                found.extend(wire.parse(wire.DigestBatch, line).digests)
+                if len(found) > len(paths):
+                    break
+        if len(found) != len(paths):
+            raise GuestProtocolError("the guest sent another number of digests")
+        return found
+
     async def mkdir(self, path: Path, *, parents: bool = True, mode: int = 0o755, timeout_s: float | None = ANSWER_TIMEOUT_S) -> bool:
         """True if it was created; with `parents` an existing directory is no error."""
         params = {**_path(path), "parents": parents, "mode": mode}
@@ -316,6 +353,19 @@ class _Body:
 
     async def aclose(self) -> None:
         self._stream.reset()
+
+
+async def _next(lines: AsyncIterator[bytes], timeout_s: float) -> bytes | None:
+    async with deadline(timeout_s):
+        return await anext(lines, None)
+
+
+def _parts(path: bytes) -> list[bytes]:
+    """The names of a relative path. Raises GuestProtocolError for one that could lead out of its tree."""
+    parts = path.split(b"/") if path else []
+    if b"\0" in path or any(part in (b"", b".", b"..") for part in parts):
+        raise GuestProtocolError("the guest sent a path that is none")
+    return parts
 
 
 async def _batches(stream: Stream) -> AsyncIterator[WatchBatch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import posixpath
 import time
 from typing import Any
@@ -63,6 +64,22 @@ class Files:
 
     def below(self, where: bytes) -> list[bytes]:
         return [one for one in self.nodes if one == where or one.startswith(where.rstrip(b"/") + b"/")]
+
+    def scan(self, where: bytes) -> list[dict[str, Any]]:
+        """The tree below, in the order of the paths' parts. Every file counts as written to."""
+        self.find(where)
+        found = []
+        for one in sorted(self.below(where), key=lambda one: one.split(b"/")):
+            raw = one[len(where) :].lstrip(b"/")
+            entry = {name: value for name, value in self.stat(one).items() if not name.startswith("name")}
+            text = raw.decode("utf-8", "replace")
+            exact = {} if text.encode() == raw else {"path_b64": base64.b64encode(raw).decode()}
+            found.append({**entry, **exact, "path": text, "ctime_ns": entry["mtime_ns"], "pristine": False})
+        return found
+
+    def digest(self, where: bytes) -> str | None:
+        found = self.nodes.get(where)
+        return hashlib.sha256(found["data"]).hexdigest() if found is not None and found["type"] == "file" else None
 
     def check_room(self, size: int) -> None:
         if sum(len(one["data"]) for one in self.nodes.values()) + size > self._limit_bytes:

@@ -14,7 +14,7 @@ import re
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ _BACKLOG_BYTES = 512 << 10
 _ACTIVITY_DELAY_S = 0.02
 _STEPS = ("entropy", "clock", "hostname", "machine_id", "env", "token", "hooks", "processes")
 _ABOUT_SEALS = ("machine.health", "machine.seal", "machine.unseal", "machine.identity")
+_ADMITTED = (*_ABOUT_SEALS, "file.scan", "file.digests", "file.read")
 _HOOKS = b"/etc/pandastack/hooks/"
 
 Params = dict[str, Any]
@@ -225,7 +226,7 @@ class FakeGuest:
         handler: Callable[[_Call, Params], Params | None] | None = getattr(self, "_" + method.replace(".", "_"), None)
         if handler is None or "." not in method:
             raise Fault("unknown_method")
-        if self.frozen_at is not None and method not in _ABOUT_SEALS:
+        if self.frozen_at is not None and method not in _ADMITTED:
             call.held = []
             return None
         if not method.startswith("machine."):
@@ -234,7 +235,7 @@ class FakeGuest:
         self._misbehave(fault)
         if isinstance(fault, GuestTimeout | GuestProtocolError):
             return None
-        if self.sealed and method not in _ABOUT_SEALS:
+        if self.sealed and method not in _ADMITTED:
             raise Fault("sealed", "the machine is sealed")
         if isinstance(fault, GuestError) and method == "machine.identity":
             return self._report("entropy")
@@ -371,7 +372,7 @@ class FakeGuest:
         ]
         self._lines(call, "processes", entries, None)
 
-    def _lines(self, call: _Call, name: str, entries: list[Params], end: Params | None) -> None:
+    def _lines(self, call: _Call, name: str, entries: Sequence[Any], end: Params | None) -> None:
         self._send(Kind.REPLY, call.id, b"{}")
         for at in range(0, len(entries), 50):
             self._send(Kind.DATA, call.id, wire.encode_json({name: entries[at : at + 50]}) + b"\n")
@@ -428,6 +429,16 @@ class FakeGuest:
     def _file_list(self, call: _Call, params: Params) -> None:
         names = self.files.children(path(params))
         self._lines(call, "entries", [self.files.stat(name) for name in names], {"count": len(names)})
+
+    def _file_scan(self, call: _Call, params: Params) -> None:
+        entries = self.files.scan(path(params))
+        if len(entries) > params["limit"]:
+            raise Fault("too_large", "the tree has more entries")
+        self._lines(call, "entries", entries, {"count": len(entries)})
+
+    def _file_digests(self, call: _Call, params: Params) -> None:
+        wanted = [path({"path_b64": one}) for one in params["paths_b64"]]
+        self._lines(call, "digests", [self.files.digest(one) for one in wanted], {"count": len(wanted)})
 
     def _file_mkdir(self, _call: _Call, params: Params) -> Params:
         return {"created": self.files.mkdir(path(params), parents=params.get("parents", True), mode=params.get("mode", 0o755))}
