@@ -192,6 +192,46 @@ async def test_points_by_time_only_of_what_runs_and_was_busy(database: Path) -> 
         assert not w.host.wakes
 
 
+# Before memory runs out
+
+
+async def test_what_must_not_be_lost_is_saved_when_memory_is_nearly_full(w: World) -> None:
+    persistent, policed = await w.sandbox(persistent=True), await w.sandbox(checkpoints={"every_execs": 5})
+    other, asleep = await w.sandbox(), await w.sandbox(persistent=True)
+    await w.ours.post(f"/v1/sandboxes/{asleep}/hibernate")
+    for sandbox in (other, asleep, persistent, policed):
+        w.host.press_sandbox(SandboxId(sandbox))
+    for sandbox in (persistent, policed):
+        (point,) = await points(w, sandbox, 1)
+        assert (point["cause"], point["label"], point["status"]) == ("pressure", "", "durable")
+    assert (await history(w, other), await history(w, asleep)) == ([], [])
+    # It comes too late for this one, and from there it is brought back.
+    w.host.break_sandbox(SandboxId(persistent), "oom")
+
+    async def failed() -> bool:
+        return await w.status(persistent) == ("failed", "oom")
+
+    await eventually(failed)
+    body = (await restore(w, persistent, (await history(w, persistent))[0]["id"])).json()
+    assert (body["status"], body["undo_point"]) == ("running", None)
+
+
+async def test_without_room_nothing_is_saved_and_it_is_told(w: World) -> None:
+    sandbox = await w.sandbox(persistent=True)
+    w.host.fail("snapshot", DiskFull("no room"))
+    w.host.press_sandbox(SandboxId(sandbox))
+
+    async def tried() -> bool:
+        return w.host.calls.get("snapshot", 0) > 0
+
+    await eventually(tried)
+    w.host.press_sandbox(SandboxId(sandbox))
+    await asyncio.sleep(0.1)
+    assert w.host.calls["snapshot"] == 1, "not again at once"
+    assert await history(w, sandbox) == []
+    assert await w.status(sandbox) == ("running", None)
+
+
 # Bounds and the end
 
 

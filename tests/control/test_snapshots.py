@@ -50,7 +50,7 @@ async def test_a_snapshot_is_durable_when_it_is_answered_and_then_verified(w: Wo
     assert (body["template"], body["memory_mb"], body["size_bytes"], body["runtime"]) == ("base", 700, 1 << 20, "fake")
     assert (body["mem_path"], body["state_path"]) == ("", "")
     assert body["created_at"].endswith("Z")
-    assert (await w.ours.get(f"/v1/snapshots/{body['id']}")).json() == body
+    assert (await w.ours.get(f"/v1/snapshots/{body['id']}")).json() == body | {"own_bytes": 1 << 20, "shared_bytes": 0}
     await is_now(w, body["id"], "verified")
     assert w.host.calls["verify"] == 1
     assert await w.status(sandbox) == ("running", None)

@@ -158,3 +158,22 @@ def test_a_snapshot_is_taken_once_per_key_also_over_a_restart(own_server: MakeSe
     assert (first.status_code, again.status_code, again.content) == (201, 201, first.content)
     assert again.headers["idempotent-replay"] == "true"
     assert [found.id for found in server.client().snapshots.list()] == [first.json()["id"]]
+
+
+def test_a_sandbox_that_runs_out_of_memory_is_brought_back_from_just_before(any_make: MakeSandbox) -> None:
+    sandbox = any_make(persistent=True, memory_mb=256)
+    notes.begin(sandbox)
+    notes.add(sandbox, "before")
+    # As a leak does it; what takes everything at once is faster than any look.
+    grow = "import time\nkept = []\nwhile True:\n    kept.append(b'x' * (4 << 20))\n    time.sleep(0.1)\n"
+    leak = sandbox.processes.start(["python3", "-c", grow])
+    until(lambda: sandbox.refresh().status == "failed", "it ran out of memory")
+    assert sandbox.status_reason == "oom"
+    with pytest.raises(errors.SandboxNotRunning, match="oom") as refused:
+        sandbox.exec("true")
+    assert "restore" in (refused.value.hint or "")
+    (point,) = sandbox.history()
+    assert (point.cause, point.status) == ("pressure", "durable")
+    assert sandbox.restore(point) is None
+    leak.kill()
+    assert notes.add(sandbox, "after") == ["before", "after"]

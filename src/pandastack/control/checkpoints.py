@@ -2,6 +2,7 @@
 
     a command ends -> (its n-th) capture begins -> whatever would change something waits -> durable -> thinned out
     a timer is due -> (it runs, and was busy since the last point) the same, and nobody waits
+    its memory is nearly full -> (it is persistent, or has a policy) the same, before it may be ended for that
 
 A point taken after a command is what the command left: its answer is not held up, the next request that changes something in
 that sandbox is. A checkpoint that fails is none of the command's business: it is counted, its reason is shown by the lifecycle of
@@ -34,7 +35,7 @@ from pandastack.wire.host import HostSandbox
 from pandastack.wire.ids import ProcessId, SandboxId
 from pandastack.wire.processes import Command
 from pandastack.wire.sandboxes import Checkpoints as Policy
-from pandastack.wire.snapshots import MAX_LABEL
+from pandastack.wire.snapshots import MAX_LABEL, SnapshotCause
 
 log = structlog.get_logger(__name__)
 
@@ -137,6 +138,23 @@ class Checkpoints:
         track.every_s, track.due = every_s, now + every_s
         return not first
 
+    # Memory
+
+    async def pressed(self, sandbox_id: SandboxId) -> None:
+        """Save what must not be lost: if the sandbox needs more memory still, it is ended, and can then be restored from here."""
+        row = await self._store.sandboxes.find_of_any_tenant(sandbox_id)
+        if row is None or row.status != "running" or not (row.persistent or row.checkpoints is not None):
+            return
+        track = self._tracks.setdefault(row.id, _Track())
+        if track.job is None and time.monotonic() >= track.not_before:
+            track.job = self._crew.start("checkpoint", self._save_pressed(row, track))
+
+    async def _save_pressed(self, row: SandboxRow, track: _Track) -> None:
+        try:
+            await self._take(row, track, label="", cause="pressure")
+        finally:
+            track.job = None
+
     # Taking one
 
     def _begin(self, sandbox_id: SandboxId, track: _Track) -> None:
@@ -151,16 +169,16 @@ class Checkpoints:
                 track.ended, again = 0, False
                 row = await self._store.sandboxes.find_of_any_tenant(sandbox_id)
                 if row is not None and row.checkpoints is not None and row.status in USABLE:
-                    again = await self._take(row, track) and track.ended >= (_every_execs(row) or track.ended + 1)
+                    again = await self._take(row, track, label=track.label) and track.ended >= (_every_execs(row) or track.ended + 1)
         finally:
             track.job = None
 
-    async def _take(self, row: SandboxRow, track: _Track) -> bool:
+    async def _take(self, row: SandboxRow, track: _Track, *, label: str, cause: SnapshotCause = "checkpoint") -> bool:
         """Whether there is one more point."""
         began, outcome = time.monotonic(), "ok"
         error: str | None = None
         try:
-            await self._snapshots.checkpoint(row, track.label)
+            await self._snapshots.checkpoint(row, label, cause=cause)
         except SandboxNotFound as gone:
             outcome = gone.code
         except Exception as failure:

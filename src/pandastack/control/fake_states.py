@@ -101,6 +101,10 @@ class FakeStates:
     def set_idle(self, sandbox_id: SandboxId, idle_s: float) -> None:
         self.sandboxes[sandbox_id].forced_idle_s = idle_s
 
+    def press_sandbox(self, sandbox_id: SandboxId) -> None:
+        """It needs nearly all of its memory."""
+        self._tell("pressure", sandbox_id, None)
+
     def break_sandbox(self, sandbox_id: SandboxId, reason: str) -> None:
         """The sandbox fails by itself, and the host says so."""
         self.sandboxes[sandbox_id].become("failed", reason)

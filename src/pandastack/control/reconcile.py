@@ -87,6 +87,8 @@ class Reconciler:
                 reason = event.reason or "exited"
                 if await self._store.sandboxes.mark_failed_of_any_tenant(event.sandbox_id, reason, _now_us()):
                     log.info("sandbox.failed", sandbox=event.sandbox_id, reason=reason)
+            elif event.kind == "pressure":
+                self._crew.start("save under pressure", self._checkpoints.pressed(event.sandbox_id))
             else:
                 # One that failed may have been restored since.
                 changed[event.sandbox_id] = event.reason

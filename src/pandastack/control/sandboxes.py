@@ -260,7 +260,8 @@ class Sandboxes:
 def not_usable(row: SandboxRow) -> SandboxNotRunning:
     """What is told about a sandbox in a state in which the thing asked for can not be done."""
     reason = f" ({row.status_reason})" if row.status_reason else ""
-    return SandboxNotRunning(f"the sandbox is {row.status}{reason}", sandbox_status=row.status, status_reason=row.status_reason)
+    hint = "restore one of its points, or create a new one" if row.status == "failed" else None
+    return SandboxNotRunning(f"the sandbox is {row.status}{reason}", hint=hint, sandbox_status=row.status, status_reason=row.status_reason)
 
 
 def _no_snapshot(field: str) -> SnapshotNotFound:

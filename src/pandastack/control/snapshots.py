@@ -125,10 +125,10 @@ class Snapshots:
         self.verify_due.set()
         return Created(201, answer)
 
-    async def checkpoint(self, sandbox: SandboxRow, label: str) -> SnapshotRow:
+    async def checkpoint(self, sandbox: SandboxRow, label: str, *, cause: SnapshotCause = "checkpoint") -> SnapshotRow:
         """A point that nobody asked for, durable when this returns. The caller finishes it and counts it."""
         size_bytes, admit = await self._quotas.foresee(sandbox)
-        row = self.planned(sandbox, cause="checkpoint", label=label, size_bytes=size_bytes)
+        row = self.planned(sandbox, cause=cause, label=label, size_bytes=size_bytes)
         with self.in_flight(row.id):
             await self._store.snapshots.insert(row.tenant_id, row, admit)
             async with self.undone(row.id):

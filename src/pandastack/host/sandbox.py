@@ -105,7 +105,7 @@ def not_running(sandbox: Sandbox, reason: str | None) -> SandboxNotRunning:
     }.get(reason or "", reason or "unknown")
     return SandboxNotRunning(
         f"the sandbox is {sandbox.status}: {why}" if sandbox.status == "failed" else f"the sandbox is {sandbox.status}",
-        hint="create a new one" if sandbox.status == "failed" else None,
+        hint="restore one of its points, or create a new one" if sandbox.status == "failed" else None,
         sandbox_status=sandbox.status,
         status_reason=reason,
     )

@@ -243,8 +243,9 @@ class Snapshot(Mapping[str, Any]):
 
     `status` is `durable` (its bytes are on disk), `verified` (a restore of it was tried and worked) or `failed` (it was
     tried and did not, `status_reason` says why). `cause` says who took it: `request`, or, by itself, `checkpoint` (`label` is
-    the command after which) or `restore` (what the sandbox was before it was restored). Of its `size_bytes` on disk a delete would
-    free `own_bytes`; both parts are None in lists. The facts can also be read as those of a dict: `snapshot["id"]`.
+    the command after which), `pressure` (its memory was nearly full) or `restore` (what it was before it was restored). Of its
+    `size_bytes` on disk a delete would free `own_bytes`; both parts are None in lists. The facts can also be read as those of a
+    dict: `snapshot["id"]`.
     """
 
     id: str

@@ -2,8 +2,8 @@
 
 A snapshot is `capturing` -> `durable` -> `verified`. Only a durable one is listed: its bytes and their digests are on disk.
 `verified` means that a restore of it was tried and worked; one that did not restore is `failed`, and `status_reason` says why.
-A sandbox's snapshots are the *points* of its history; those that nobody asked for (`cause` `checkpoint`: by its policy, `restore`:
-what it was before it was restored) stay `durable`, are bounded in number, and end with it.
+A sandbox's snapshots are the *points* of its history. Those that nobody asked for stay `durable`, are bounded in number, and end
+with it; their `cause` is `checkpoint` (its policy), `pressure` (it was about to run out of memory) or `restore` (what it was before).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import Field
 from pandastack.wire.sandboxes import MAX_METADATA_KEYS, MetadataKey, MetadataValue, SandboxView, Shape, View
 
 SnapshotStatus = Literal["capturing", "durable", "verified", "failed"]
-SnapshotCause = Literal["request", "checkpoint", "restore"]
+SnapshotCause = Literal["request", "checkpoint", "pressure", "restore"]
 
 MAX_FORKS = 16
 MAX_LABEL = 200

@@ -5,7 +5,7 @@
         |          | +-> failed |
         +----------+-----+------+-> deleting -> (no row)
 
-`cause` says who took it: `request` (a client asked), or, automatically, `checkpoint` and `restore`. Those two, the points that
+`cause` says who took it: `request` (a client asked), or, automatically, `checkpoint`, `pressure` and `restore`. Those, the points that
 nobody asked for, are bounded in number and end with their sandbox. Each change of state is one conditional statement, and its
 row count says who won. `capturing` and `deleting` rows are not shown in lists: the one is not a snapshot yet, the other is none
 any more.
@@ -26,7 +26,7 @@ from pandastack.wire.ids import HostId, SandboxId, SnapshotId, TenantId
 
 LISTED = ("durable", "verified", "failed")
 RESTORABLE = ("durable", "verified")
-AUTOMATIC = ("checkpoint", "restore")
+AUTOMATIC = ("checkpoint", "pressure", "restore")
 _table = tables.snapshots
 
 Admit = Callable[[int, int], None]
