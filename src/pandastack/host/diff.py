@@ -157,7 +157,7 @@ class Diffs:
         self._registry.admission.reserve(name, key.limits)
         try:
             async with self._registry.starts:
-                ready = await self._registry.machines.restored(key, quiet=False)
+                ready = await self._registry.machines.restored(key, quiet=False, blank=True)
             try:
                 yield View(lambda: _hidden(ready.guest), key.rootfs)
             finally:
