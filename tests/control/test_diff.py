@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from pandastack.wire.ids import new_snapshot_id
+from hosts import until
+from pandastack.control.routes import diff as routes
+from pandastack.wire.ids import SnapshotId, new_snapshot_id
 
 from .test_snapshots import take
 from .world import World
@@ -58,3 +62,24 @@ async def test_what_is_wrong_is_said_by_status(w: World) -> None:
         for form in ({}, {"format": "patch"}):
             answer = await w.ours.get("/v1/diff", params={"a": name, "b": sandbox, **form, **more})
             assert answer.status_code == status, answer.text
+
+
+async def test_a_listing_ends_where_its_names_are_too_much(w: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "MAX_TEXT", 10)
+    name, sandbox = await points(w)
+    body = (await w.ours.get("/v1/diff", params={"a": name, "b": sandbox})).json()
+    assert ([change["path"] for change in body["changes"]], body["truncated"]) == (["/w/new"], True)
+
+
+async def test_a_workspace_compares_only_so_much_at_a_time(w: World) -> None:
+    name, sandbox = await points(w)
+    going_on = w.host.hold("diff")
+    first = [asyncio.create_task(w.ours.get("/v1/diff", params={"a": name, "b": sandbox})) for _ in range(2)]
+    await until(lambda: w.host.calls.get("diff", 0) == 2)
+    refused = await w.ours.get("/v1/diff", params={"a": name, "b": sandbox})
+    assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
+    assert w.parts.reconciler._creates.is_used(SnapshotId(name))
+    going_on.set()
+    assert [answer.status_code for answer in await asyncio.gather(*first)] == [200, 200]
+    assert not w.parts.reconciler._creates.is_used(SnapshotId(name))
+    assert (await w.ours.get("/v1/diff", params={"a": name, "b": sandbox})).status_code == 200

@@ -232,7 +232,58 @@ async def test_without_room_nothing_is_saved_and_it_is_told(w: World) -> None:
     assert await w.status(sandbox) == ("running", None)
 
 
+async def test_pressure_during_a_capture_is_not_forgotten_and_swinging_is_no_flood(w: World) -> None:
+    sandbox = await w.sandbox(persistent=True, checkpoints={"every_execs": 1})
+    going_on = w.host.hold("snapshot")
+    await execute(w, sandbox)
+    await until(lambda: w.host.calls.get("snapshot", 0) == 1)
+    w.host.press_sandbox(SandboxId(sandbox))
+    await asyncio.sleep(0.05)
+    going_on.set()
+    found = await points(w, sandbox, 2)
+    assert [point["cause"] for point in found] == ["pressure", "checkpoint"]
+    for _ in range(5):
+        w.host.press_sandbox(SandboxId(sandbox))
+        await asyncio.sleep(0.02)
+    assert len(await history(w, sandbox)) == 2
+
+
 # Bounds and the end
+
+
+async def test_a_point_that_is_being_read_is_not_thinned_out(w: World) -> None:
+    sandbox = await w.sandbox(checkpoints={"every_execs": 1, "keep": 1})
+    await execute(w, sandbox, "echo first")
+    (first,) = await points(w, sandbox, 1)
+    made = w.host.calls["create"]
+    going_on = w.host.hold("create")
+    making = asyncio.create_task(w.ours.post("/v1/sandboxes", json={"from_snapshot": first["id"]}))
+    await until(lambda: w.host.calls["create"] > made)
+    await execute(w, sandbox, "echo second")
+    await points(w, sandbox, 2)
+    going_on.set()
+    assert (await making).status_code == 201
+
+
+async def test_quotas_hold_for_restores_too(database: Path) -> None:
+    async with world(database, quota_sandboxes=1, quota_snapshots=1) as w:
+        sandbox = await w.sandbox()
+        point = await take(w, sandbox)
+        refused = await restore(w, sandbox, point)
+        assert (refused.status_code, refused.json()["code"]) == (403, "quota_exceeded")
+        assert "undo" in refused.json()["hint"]
+        assert (await restore(w, sandbox, point, undo=False)).status_code == 200
+        w.host.break_sandbox(SandboxId(sandbox), "oom")
+
+        async def failed() -> bool:
+            return (await w.status(sandbox))[0] == "failed"
+
+        await eventually(failed)
+        other = await w.sandbox()
+        refused = await restore(w, sandbox, point)
+        assert (refused.status_code, refused.json()["code"]) == (403, "quota_exceeded")
+        await w.ours.delete(f"/v1/sandboxes/{other}")
+        assert (await restore(w, sandbox, point)).status_code == 200
 
 
 async def test_they_are_thinned_out_and_what_was_asked_for_stays(w: World) -> None:

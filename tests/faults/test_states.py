@@ -316,6 +316,7 @@ async def test_a_sandbox_that_was_hibernated_or_failed_is_what_it_was_when_its_r
     box = await alive(host, "rewind")
     if asleep:
         await host.hibernate(box, reason="request")
+        await settled(host)
     else:
         await host.sandboxes.registry.fail(host.sandboxes.registry.get(box), "guest")
     before = (world.left(), saved(world), await host.get(box), (await host.describe()).capacity)
@@ -339,3 +340,49 @@ async def test_a_sandbox_that_fails_while_it_is_rewound_comes_back(world: World,
     assert (await host.get(box)).status == "running"
     assert (await host.describe()).capacity.sandboxes == 1
     await remembers(host, box)
+
+
+@pytest.mark.parametrize("step", ["snapshot", "saved.publish", "restore", "machine.identity"])
+async def test_a_rewind_that_is_given_up_has_not_happened(world: World, host: HostService, step: str) -> None:
+    box, undo = await alive(host, "rewind"), new_snapshot_id()
+    before = (world.left(), saved(world))
+    guest_step = step.startswith("machine.")
+    hang = None if guest_step else world.runtime.hang(step)
+    doing = asyncio.create_task(do(host, "rewind", box, undo))
+    if hang is not None:
+        await reached(hang)
+    else:
+        await asyncio.sleep(0)
+    assert await host.give_up_snapshot(undo) is None
+    with pytest.raises(asyncio.CancelledError):
+        await doing
+    assert await is_later(host, box)
+    assert (world.left(), saved(world)) == before
+    await remembers(host, box)
+
+
+async def test_a_rewind_that_is_over_cannot_be_given_up(world: World, host: HostService) -> None:
+    box, undo = await alive(host, "rewind"), new_snapshot_id()
+    await do(host, "rewind", box, undo)
+    kept = await host.give_up_snapshot(undo)
+    assert kept is not None
+    assert kept.id == undo
+    assert not await is_later(host, box)
+
+
+async def test_a_request_does_not_bring_back_what_is_being_deleted(world: World, host: HostService) -> None:
+    box = await alive(host, "hibernate")
+    hang = world.runtime.hang("stop")
+    await host.hibernate(box, reason="request")
+    await reached(hang)
+    deleting = asyncio.create_task(host.delete(box))
+    await asyncio.sleep(0.01)
+    waking = asyncio.create_task(run(host, box, "echo hi"))
+    await asyncio.sleep(0.1)
+    hang.release()
+    await deleting
+    with pytest.raises(SandboxNotFound):
+        await waking
+    await settled(host)
+    assert (world.left(), saved(world), await host.list()) == ({}, [], [])
+    assert (await host.describe()).capacity.sandboxes == 0

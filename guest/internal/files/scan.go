@@ -110,7 +110,7 @@ func (s *scan) visit(relative string, found *syscall.Stat_t) error {
 	if found.Mode&syscall.S_IFMT != syscall.S_IFDIR {
 		return nil
 	}
-	for _, name := range namesOf(s.full(relative)) {
+	for _, name := range namesOf(s.full(relative), s.limit-s.count) {
 		if strings.HasPrefix(name, temporaryPrefix) {
 			continue // An upload that is under way.
 		}
@@ -140,13 +140,14 @@ func (s *scan) full(relative string) string {
 }
 
 // namesOf is what a directory holds, in the order of bytes; nothing if it went away.
-func namesOf(full string) []string {
+func namesOf(full string, most int) []string {
 	directory, err := os.OpenFile(full, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil
 	}
 	defer directory.Close()
-	names, _ := directory.Readdirnames(-1)
+	// One more than may come tells that there are too many, and takes no more memory than they may.
+	names, _ := directory.Readdirnames(most + 1)
 	sort.Strings(names)
 	return names
 }

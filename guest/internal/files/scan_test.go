@@ -19,16 +19,16 @@ func TestNamesAreInTheOrderOfBytes(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if names := namesOf(root); !slices.Equal(names, []string{"B", "a", "a.c", "b", "\xff"}) {
+	if names := namesOf(root, 100); !slices.Equal(names, []string{"B", "a", "a.c", "b", "\xff"}) {
 		t.Fatal(names)
 	}
-	if names := namesOf(filepath.Join(root, "gone")); names != nil {
+	if names := namesOf(filepath.Join(root, "gone"), 100); names != nil {
 		t.Fatal(names)
 	}
 	if err := os.Symlink(root, filepath.Join(root, "link")); err != nil {
 		t.Fatal(err)
 	}
-	if names := namesOf(filepath.Join(root, "link")); names != nil {
+	if names := namesOf(filepath.Join(root, "link"), 100); names != nil {
 		t.Fatal("a link was followed", names)
 	}
 }

@@ -56,6 +56,8 @@ class _Track:
     due: float = 0.0
     taken: float | None = None
     not_before: float = 0.0
+    pressed: bool = False
+    pressure_not_before: float = 0.0
 
 
 class Checkpoints:
@@ -114,7 +116,8 @@ class Checkpoints:
         absent = self._tracks.keys() - {row.id for row in rows}
         # Twice in a row, because the list is a moment old.
         for gone in self._absent & absent:
-            if self._tracks[gone].job is None:
+            track = self._tracks[gone]
+            if track.job is None and time.monotonic() >= max(track.not_before, track.pressure_not_before):
                 del self._tracks[gone]
         self._absent = absent
         due = [row for row in rows if row.status == "running" and self._is_due(row)]
@@ -145,15 +148,25 @@ class Checkpoints:
         row = await self._store.sandboxes.find_of_any_tenant(sandbox_id)
         if row is None or row.status != "running" or not (row.persistent or row.checkpoints is not None):
             return
-        track = self._tracks.setdefault(row.id, _Track())
-        if track.job is None and time.monotonic() >= track.not_before:
+        track, now = self._tracks.setdefault(row.id, _Track()), time.monotonic()
+        if track.job is not None:
+            track.pressed = True  # Once more when that is done: it began before.
+        elif now >= max(track.not_before, track.pressure_not_before):
+            # A sandbox can swing about the threshold as fast as it likes.
+            track.pressure_not_before = now + self._settings.pressure_rest_s
             track.job = self._crew.start("checkpoint", self._save_pressed(row, track))
 
     async def _save_pressed(self, row: SandboxRow, track: _Track) -> None:
         try:
             await self._take(row, track, label="", cause="pressure")
         finally:
-            track.job = None
+            track.job, track.pressed = None, False
+
+    def _ended(self, sandbox_id: SandboxId, track: _Track) -> None:
+        track.job = None
+        if track.pressed:
+            track.pressed = False
+            self._crew.start("save under pressure", self.pressed(sandbox_id))
 
     # Taking one
 
@@ -171,7 +184,7 @@ class Checkpoints:
                 if row is not None and row.checkpoints is not None and row.status in USABLE:
                     again = await self._take(row, track, label=track.label) and track.ended >= (_every_execs(row) or track.ended + 1)
         finally:
-            track.job = None
+            self._ended(sandbox_id, track)
 
     async def _take(self, row: SandboxRow, track: _Track, *, label: str, cause: SnapshotCause = "checkpoint") -> bool:
         """Whether there is one more point."""
@@ -207,7 +220,7 @@ class Checkpoints:
             for found in await self._store.snapshots.automatic_of_any_tenant(sandbox_id)
         ]
         for gone in thin(points, keep=policy.keep, max_bytes=policy.max_mb << 20, now_us=time.time_ns() // 1000):
-            if not self._snapshots.is_in_flight(gone) and await self._store.snapshots.mark_deleting_of_any_tenant(gone, LISTED):
+            if not self._creates.is_used(gone) and await self._store.snapshots.mark_deleting_of_any_tenant(gone, LISTED):
                 await self._creates.finish_delete_snapshot(gone)
 
 

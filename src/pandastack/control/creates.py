@@ -12,11 +12,12 @@ Each step can be repeated, and the rows say how far the work came; so a crash be
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,25 @@ class Creates:
         self._settings = settings
         # Ids that are being made in this process: the sweep leaves them alone.
         self.in_flight: set[SandboxId] = set()
+        self._used: collections.Counter[SnapshotId] = collections.Counter()
         self._by_key: dict[tuple[TenantId, str], tuple[bytes, asyncio.Future[Created]]] = {}
+
+    @contextlib.contextmanager
+    def using(self, snapshot_id: SnapshotId | None) -> Iterator[None]:
+        """A snapshot is being made or read in this process: neither the sweep nor thinning takes it away."""
+        if snapshot_id is None:
+            yield
+            return
+        self._used[snapshot_id] += 1
+        try:
+            yield
+        finally:
+            self._used[snapshot_id] -= 1
+            if not self._used[snapshot_id]:
+                del self._used[snapshot_id]
+
+    def is_used(self, snapshot_id: SnapshotId) -> bool:
+        return snapshot_id in self._used
 
     async def once(self, request: Request, plan: Planner, *, outcomes: Counter, seconds: Histogram) -> Created:
         """Make what `plan` says. Raises what the plan, the store and the host raise.

@@ -268,6 +268,11 @@ class FakeStates:
         await self._step("list_snapshots")
         return [found.saved for found in self.snapshots.values()]
 
+    async def give_up_snapshot(self, snapshot_id: SnapshotId) -> HostSnapshot | None:
+        await self._step("give_up_snapshot")
+        found = self.snapshots.get(snapshot_id)
+        return None if found is None else found.saved
+
     async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         await self._step("delete_snapshot")
         self.snapshots.pop(snapshot_id, None)

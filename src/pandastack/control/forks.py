@@ -116,7 +116,8 @@ class Forks:
         wanted = HostFork(parent=parent.id, children=children, snapshot=point.id if point is not None else None)
 
         async def make() -> builtins.list[HostSandbox]:
-            return await self._host.fork(wanted)
+            with self._creates.using(wanted.snapshot):
+                return await self._host.fork(wanted)
 
         def render(ends: Sequence[SandboxRow]) -> bytes:
             children = [view(row) for row in ends]

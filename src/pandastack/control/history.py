@@ -18,6 +18,7 @@ from pandastack.control.checkpoints import Checkpoints
 from pandastack.control.creates import Creates
 from pandastack.control.hosts import Host
 from pandastack.control.meters import Meters
+from pandastack.control.quotas import Admit, Quotas
 from pandastack.control.sandboxes import Sandboxes, not_usable, view
 from pandastack.control.snapshots import Snapshots, facts_of
 from pandastack.control.states import States
@@ -25,7 +26,7 @@ from pandastack.control.store import Store
 from pandastack.control.store.sandboxes import USABLE, SandboxRow
 from pandastack.control.store.snapshots import SnapshotRow
 from pandastack.control.work import Crew
-from pandastack.errors import PandastackError, SandboxNotFound
+from pandastack.errors import PandastackError, QuotaExceeded, SandboxNotFound
 from pandastack.wire.host import HostRewind, HostSandbox
 from pandastack.wire.snapshots import Restored, RestoreRequest
 
@@ -45,6 +46,7 @@ class History:
         snapshots: Snapshots,
         checkpoints: Checkpoints,
         crew: Crew,
+        quotas: Quotas,
         meters: Meters,
     ) -> None:
         self._store = store
@@ -55,6 +57,7 @@ class History:
         self._snapshots = snapshots
         self._checkpoints = checkpoints
         self._crew = crew
+        self._quotas = quotas
         self._meters = meters
 
     async def points(self, caller: Caller, sandbox_id: str, *, limit: int | None) -> Sequence[SnapshotRow]:
@@ -89,12 +92,18 @@ class History:
 
     async def _restore(self, row: SandboxRow, point: SnapshotRow, *, undo: bool) -> Restored:
         await self._checkpoints.turn(row)
-        kept = self._snapshots.planned(row, cause="restore") if undo else None
+        if row.status == "failed":
+            # It counts again from now on.
+            self._quotas.admit_sandboxes(await self._store.sandboxes.count(row.tenant_id), 1)
+        kept = admit = None
+        if undo and row.status != "failed":
+            size_bytes, admit = await self._quotas.foresee(row)
+            kept = self._snapshots.planned(row, cause="restore", size_bytes=size_bytes)
         with contextlib.ExitStack() as used:
-            used.enter_context(self._snapshots.in_flight(point.id))
-            if kept is not None:
-                used.enter_context(self._snapshots.in_flight(kept.id))
-                await self._store.snapshots.insert(kept.tenant_id, kept)
+            used.enter_context(self._creates.using(point.id))
+            if kept is not None and admit is not None:
+                used.enter_context(self._creates.using(kept.id))
+                await self._insert(kept, admit)
             try:
                 saved = await self._rewound(row, point, kept)
             except BaseException:
@@ -108,6 +117,13 @@ class History:
             raise SandboxNotFound("no such sandbox")
         return Restored(**view(now).model_dump(), undo_point=kept.id if kept is not None and saved else None)
 
+    async def _insert(self, kept: SnapshotRow, admit: Admit) -> None:
+        try:
+            await self._store.snapshots.insert(kept.tenant_id, kept, admit)
+        except QuotaExceeded as error:
+            error.hint = f"restore without an undo point (undo: false), or {error.hint}"
+            raise
+
     async def _rewound(self, row: SandboxRow, point: SnapshotRow, kept: SnapshotRow | None) -> bool:
         """Whether what it was is kept."""
         saved = False
@@ -115,7 +131,7 @@ class History:
         async def ask() -> HostSandbox:
             nonlocal saved
             done = await self._host.rewind(HostRewind(sandbox=row.id, snapshot=point.id, undo=kept.id if kept is not None else None))
-            if kept is not None and done.undo is not None:
+            if kept is not None and done.undo is not None and done.undo.id == kept.id:
                 await self._snapshots.complete(kept, facts_of(done.undo))
                 saved = True
             elif kept is not None:

@@ -164,6 +164,13 @@ class Host(Protocol):
         """What it takes on disk alone, and together with others. Raises SnapshotNotFound."""
         ...
 
+    async def give_up_snapshot(self, snapshot_id: SnapshotId) -> HostSnapshot | None:
+        """Undo the work under way that would make it, if it still can be undone. Afterwards it is there (the answer) or never will be.
+
+        Of a restore: with the answer None the sandbox is as it was before.
+        """
+        ...
+
     async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         """Idempotent: an unknown id is success. Sandboxes made from it are not touched."""
         ...

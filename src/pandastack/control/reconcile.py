@@ -28,7 +28,7 @@ from pandastack.control.store import Store
 from pandastack.control.store.sandboxes import LOST, USABLE, SandboxRow
 from pandastack.control.store.snapshots import RESTORABLE, SnapshotRow
 from pandastack.control.work import Crew
-from pandastack.wire.host import HostSandbox, HostSnapshot
+from pandastack.wire.host import HostSandbox
 from pandastack.wire.ids import SandboxId, SnapshotId
 
 log = structlog.get_logger(__name__)
@@ -173,15 +173,15 @@ class Reconciler:
     async def _sweep_snapshots(self) -> list[asyncio.Future[None]]:
         rows = await self._store.snapshots.list_of_any_tenant(*RESTORABLE)
         async with deadline(self._settings.host_timeout_s):
-            on_host = {saved.id: saved for saved in await self._host.list_snapshots()}
+            on_host = {saved.id for saved in await self._host.list_snapshots()}
         known = await self._store.snapshots.ids_of_any_tenant()
         for row in rows:
             if row.id not in on_host and await self._store.snapshots.mark_failed_of_any_tenant(row.id, MISSING):
                 log.warning("snapshot.missing", snapshot=row.id)
-        work = [self._crew.start("orphan", self._delete_orphan_snapshot(orphan)) for orphan in on_host.keys() - known]
+        work = [self._crew.start("orphan", self._delete_orphan_snapshot(orphan)) for orphan in on_host - known]
         for row in await self._store.snapshots.list_of_any_tenant("capturing", "deleting"):
-            if not self._snapshots.is_in_flight(row.id):
-                work.append(self._crew.start("finish delete", self._finish_snapshot(row, on_host.get(row.id))))
+            if not self._creates.is_used(row.id):
+                work.append(self._crew.start("finish delete", self._finish_snapshot(row)))
         return work
 
     async def _delete_orphan(self, sandbox_id: SandboxId) -> None:
@@ -199,9 +199,9 @@ class Reconciler:
         async with deadline(self._settings.host_timeout_s):
             await self._host.delete_snapshot(snapshot_id)
 
-    async def _finish_snapshot(self, row: SnapshotRow, saved: HostSnapshot | None) -> None:
+    async def _finish_snapshot(self, row: SnapshotRow) -> None:
         if row.cause == "restore" and row.status == "capturing":
-            await self._snapshots.settle(row, saved)
+            await self._snapshots.settle(row)
         elif await self._store.snapshots.mark_deleting_of_any_tenant(row.id, (row.status,)):
             await self._creates.finish_delete_snapshot(row.id)
 

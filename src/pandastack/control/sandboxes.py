@@ -136,7 +136,8 @@ class Sandboxes:
 
         async def make() -> builtins.list[HostSandbox]:
             try:
-                return [await self._host.create(wanted)]
+                with self._creates.using(wanted.snapshot):
+                    return [await self._host.create(wanted)]
             except SnapshotNotFound as error:
                 # Deleted between our look and the host's.
                 raise _no_snapshot("from_snapshot") from error

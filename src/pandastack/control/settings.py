@@ -49,6 +49,11 @@ class ControlSettings(BaseSettings):
     event_wait_s: float = Field(20.0, gt=0)
     hibernate_retry_s: float = Field(60.0, gt=0, description="how long after a failure an idle sandbox is hibernated again")
     checkpoint_interval_s: float = Field(1.0, gt=0, description="how often is looked which points are due by time")
+    diffs_at_once: int = Field(2, ge=1, description="comparisons of files under way in one workspace")
+    diff_timeout_s: float = Field(900.0, gt=0, description="how long one may take in all, its reader included")
+    pressure_rest_s: float = Field(
+        60.0, ge=0, description="at least so long lies between two points that a sandbox takes for want of memory"
+    )
     checkpoint_retry_s: float = Field(30.0, ge=0, description="how long after a failure a sandbox takes no point by itself")
     failed_keep_s: int = Field(3600, ge=0, description="a failed sandbox that is not persistent is deleted after so long")
     shutdown_hibernate_s: float = Field(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -94,7 +94,6 @@ class Snapshots:
         self._quotas = quotas
         self._settings = settings
         self._meters = meters
-        self._in_flight: set[SnapshotId] = set()
         # Set when there is one to verify.
         self.verify_due = asyncio.Event()
 
@@ -114,7 +113,7 @@ class Snapshots:
     async def _capture(self, request: Request, sandbox: SandboxRow) -> Created:
         size_bytes, admit = await self._quotas.foresee(sandbox)
         row = self.planned(sandbox, cause="request", size_bytes=size_bytes)
-        with self.in_flight(row.id):
+        with self._creates.using(row.id):
             if (raced := await self._creates.begin(request, [row], admit)) is not None:
                 return raced
             async with self.undone(row.id):
@@ -129,7 +128,7 @@ class Snapshots:
         """A point that nobody asked for, durable when this returns. The caller finishes it and counts it."""
         size_bytes, admit = await self._quotas.foresee(sandbox)
         row = self.planned(sandbox, cause=cause, label=label, size_bytes=size_bytes)
-        with self.in_flight(row.id):
+        with self._creates.using(row.id):
             await self._store.snapshots.insert(row.tenant_id, row, admit)
             async with self.undone(row.id):
                 facts = await self._saved(row)
@@ -156,18 +155,6 @@ class Snapshots:
             size_bytes=size_bytes,
         )
 
-    @contextlib.contextmanager
-    def in_flight(self, snapshot_id: SnapshotId) -> Iterator[None]:
-        """It is being made in this process: the sweep leaves it alone."""
-        self._in_flight.add(snapshot_id)
-        try:
-            yield
-        finally:
-            self._in_flight.discard(snapshot_id)
-
-    def is_in_flight(self, snapshot_id: SnapshotId) -> bool:
-        return snapshot_id in self._in_flight
-
     @contextlib.asynccontextmanager
     async def undone(self, snapshot_id: SnapshotId) -> AsyncIterator[None]:
         """On any failure in the block nothing is left, or the row stays for `reconcile` to undo."""
@@ -187,11 +174,10 @@ class Snapshots:
         if not await self._store.snapshots.complete(row.tenant_id, row.id, facts):
             raise _deleted_meanwhile()
 
-    async def settle(self, row: SnapshotRow, saved: HostSnapshot | None = None) -> None:
+    async def settle(self, row: SnapshotRow) -> None:
         """An undo point whose restore was not seen to its end: kept where its host has it, because it may be all that is left."""
-        if saved is None:
-            async with deadline(self._settings.host_timeout_s):
-                saved = next((found for found in await self._host.list_snapshots() if found.id == row.id), None)
+        async with deadline(self._settings.host_timeout_s):
+            saved = await self._host.give_up_snapshot(row.id)
         if saved is not None:
             await self._store.snapshots.complete(row.tenant_id, row.id, facts_of(saved))
         else:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pandastack.errors import Conflict, FileConflict, FileNotFound, GuestError, GuestTimeout, TooLarge
+from pandastack.errors import Conflict, FileConflict, FileNotFound, GuestError, GuestTimeout, PandastackError, TooLarge
 from pandastack.host.guest import Guest
 from pandastack.host.machines import SlotKey
 from pandastack.host.sandboxes import Sandboxes
@@ -36,6 +36,7 @@ _DIGESTS_AT_ONCE = 500
 # Any digest is of one file at most; a large one takes its time.
 _DIGEST_TIMEOUT_S = 300.0
 _SCAN_TIMEOUT_S = 60.0
+_CONTENT_TIMEOUT_S = 120.0
 
 Reach = Callable[[], AbstractAsyncContextManager[Guest]]
 
@@ -71,12 +72,12 @@ class View:
         async with self.reach() as guest:
             return await guest.digests(paths, timeout_s=_DIGEST_TIMEOUT_S)
 
-    async def content(self, path: bytes) -> bytes:
-        """Of a file; of a running sandbox's as much as it has now. Raises _Gone where it is none any more, or has grown too large."""
+    async def content(self, path: bytes, size: int) -> bytes:
+        """Of a file of at most `size` bytes. Raises _Gone where it is none any more, or has grown."""
         data = bytearray()
         async with self.reach() as guest:
             try:
-                stat, body = await guest.read_file(path, length=patches.MAX_FILE_BYTES + 1)
+                stat, body = await guest.read_file(path, length=size + 1)
             except (FileNotFound, FileConflict) as error:
                 raise _Gone from error
             closing: Any = body
@@ -85,7 +86,7 @@ class View:
                     raise _Gone
                 while (piece := await _within(_SCAN_TIMEOUT_S, body)) is not None:
                     data += piece
-                    if len(data) > patches.MAX_FILE_BYTES:
+                    if len(data) > size:
                         raise _Gone
         return bytes(data)
 
@@ -100,8 +101,6 @@ class Diffs:
         self._sandboxes = sandboxes
         self._registry = sandboxes.registry
         self._states = sandboxes.states
-        # The contents of one name at a time: each may be as large as MAX_FILE_BYTES.
-        self._rendering = asyncio.Semaphore(1)
 
     async def diff(self, a: HostPoint, b: HostPoint, path: bytes, *, patch: bool) -> AsyncGenerator[HostChange, None]:
         path = _clean(path)
@@ -169,12 +168,17 @@ class Diffs:
 
     async def _patch(self, one: View, two: View, root: bytes, pair: Pair, name: bytes) -> bytes | None:
         """The patch of one name; None where a running sandbox took it away meanwhile."""
-        async with self._rendering:
-            try:
+        try:
+            # All of it: a daemon that sends a byte now and then must not keep what was read so far for long.
+            async with asyncio.timeout(_CONTENT_TIMEOUT_S):
                 before, after = await _blob(one, root, pair[0]), await _blob(two, root, pair[1])
-            except _Gone:
-                return None
-            return await asyncio.to_thread(patches.render, name, before, after)
+        except _Gone:
+            return None
+        except TimeoutError as error:
+            if isinstance(error, PandastackError):
+                raise
+            raise GuestTimeout("the files could not be read in time", after_s=_CONTENT_TIMEOUT_S) from error
+        return await asyncio.to_thread(patches.render, name, before, after)
 
 
 @contextlib.asynccontextmanager
@@ -334,7 +338,7 @@ async def _blob(view: View, root: bytes, entry: Scanned | None) -> Blob | None:
         return None
     if entry.type == "symlink":
         return Blob(b"120000", entry.target_bytes)
-    return Blob(patches.file_mode(entry.mode), await view.content(_below(root, entry.path_bytes)))
+    return Blob(patches.file_mode(entry.mode), await view.content(_below(root, entry.path_bytes), entry.size))
 
 
 def _name(root: bytes, pair: Pair) -> bytes:

@@ -59,7 +59,12 @@ class Registry:
 
     def has(self, sandbox: Sandbox) -> bool:
         """False once it was deleted, also where another one has its id now."""
-        return self._all.get(sandbox.id) is sandbox
+        return self._all.get(sandbox.id) is sandbox and not sandbox.going
+
+    def require(self, sandbox: Sandbox) -> None:
+        """Raises SandboxNotFound for one that was deleted, or is being deleted."""
+        if not self.has(sandbox):
+            raise SandboxNotFound("the sandbox was deleted meanwhile", sandbox_id=sandbox.id)
 
     def view(self, sandbox: Sandbox) -> HostSandbox:
         return sandbox.view(self.machines.runtime.name, self.machines.runtime.isolation)
@@ -85,6 +90,7 @@ class Registry:
 
     def enter(self, sandbox: Sandbox) -> None:
         """It runs, with its guest connected, and its end will be noticed."""
+        sandbox.pressed = False
         sandbox.status = "running"
         sandbox.touch()
         if sandbox.guest is not None:
@@ -157,7 +163,7 @@ class Registry:
     def part(self, sandbox: Sandbox) -> Ready:
         """Take the machine of a sandbox that goes on without one; the caller gives back what that holds.
 
-        Its room is somebody else's from now on: memory and CPU are free within a moment, and it may want room again before.
+        Its room is somebody else's from now on: memory and CPU are free in a moment, and it may want room again before that.
         """
         machine, guest, watch = sandbox.machine, sandbox.guest, sandbox.watch
         assert machine is not None  # noqa: S101 - its state was just saved

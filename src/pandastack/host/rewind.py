@@ -38,7 +38,9 @@ class Rewinds:
     async def rewind(self, request: HostRewind) -> tuple[Sandbox, HostSnapshot | None]:
         """See `control.hosts.Host.rewind`. Deleting the sandbox while it is under way undoes it."""
         sandbox = self._registry.get(request.sandbox)
-        undo = await self._states.once(f"rewind to {request.snapshot}", sandbox.id, lambda: self._rewind(sandbox, request))
+        undo = await self._states.once(
+            f"rewind to {request.snapshot}", sandbox.id, lambda: self._rewind(sandbox, request), also=request.undo
+        )
         return sandbox, undo
 
     async def _rewind(self, sandbox: Sandbox, request: HostRewind) -> HostSnapshot | None:
@@ -59,8 +61,7 @@ class Rewinds:
             await self._reserve(sandbox, held, undo)
             if undo_id is not None and sandbox.status != "failed":
                 kept = await self._keep(sandbox, undo_id, held, undo)
-            async with self._registry.starts:
-                ready = await self._states.start(saved, sandbox.limits, fresh)
+            ready = await self._states.start(saved, sandbox.limits, fresh)
             undo.push_async_callback(self._registry.machines.discard_ready, ready)
             if sandbox.ending is not None and not sandbox.ending.done():
                 # It failed meanwhile: what is being taken apart must not be taken for the new one.
@@ -78,6 +79,7 @@ class Rewinds:
                     "boot_ms": round((time.monotonic() - started) * 1000),
                 }
             )
+            self._registry.require(sandbox)
             self._registry.ledger.write(entry, durable=True)
             undo.pop_all()
             was = (sandbox.machine, sandbox.guest)

@@ -34,6 +34,7 @@ class Sandbox:
         self.over = asyncio.Event()  # Set when it has failed.
         self.watch: asyncio.Task[None] | None = None
         self.ending: asyncio.Task[None] | None = None
+        self.going = False  # It is being deleted: nothing brings it back.
         self.pressed = False  # It needs nearly all of its memory, which was told.
         self.silences = 0  # How often in a row the guest did not answer while nothing was asked of it.
 

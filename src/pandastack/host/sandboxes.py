@@ -189,11 +189,18 @@ class Sandboxes:
         if task := self._creating.get(sandbox_id):
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        await self.states.abandon(sandbox_id)
         sandbox = self.registry.find(sandbox_id)
-        if sandbox is None:
-            return
-        await self.registry.end(sandbox)
+        if sandbox is not None:
+            sandbox.going = True
+        try:
+            await self.states.abandon(sandbox_id)
+            if sandbox is None:
+                return
+            await self.registry.end(sandbox)
+        except BaseException:
+            if sandbox is not None:
+                sandbox.going = False
+            raise
         self.registry.forget(sandbox)
         await self.states.snapshots.delete(sandbox.entry.snapshot)
 

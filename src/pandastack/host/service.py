@@ -166,6 +166,9 @@ class HostService:
     async def snapshot_usage(self, snapshot_id: SnapshotId) -> StateUsage:
         return await usage.of_snapshot(self._states.snapshots, snapshot_id)
 
+    async def give_up_snapshot(self, snapshot_id: SnapshotId) -> HostSnapshot | None:
+        return await self._states.give_up_snapshot(snapshot_id)
+
     async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         await self._states.delete_snapshot(snapshot_id)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -51,14 +52,22 @@ class States:
 
     # Jobs
 
-    async def once(self, verb: str, name: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run `work`, or join the run of it that is under way. It is finished also when nobody waits any more."""
+    async def once(self, verb: str, name: str, work: Callable[[], Coroutine[Any, Any, T]], *, also: str | None = None) -> T:
+        """Run `work`, or join the run of it that is under way. It is finished also when nobody waits any more.
+
+        `also`: another name under which it can be abandoned.
+        """
         task = self._jobs.get((verb, name))
         if task is None:
-            task = self._jobs[verb, name] = asyncio.create_task(work(), name=f"{verb} {name}")
-            task.add_done_callback(lambda _: self._jobs.pop((verb, name), None))
+            task = asyncio.create_task(work(), name=f"{verb} {name}")
+            for key in {(verb, name), (verb, also or name)}:
+                self._jobs[key] = task
+                task.add_done_callback(functools.partial(self._forget_job, key))
             task.add_done_callback(_seen)
         return await asyncio.shield(task)
+
+    def _forget_job(self, key: tuple[str, str], _done: asyncio.Task[Any]) -> None:
+        self._jobs.pop(key, None)
 
     def later(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Give back something that a sandbox has done with. Nobody waits for it but who deletes the sandbox, or stops the host."""
@@ -272,8 +281,7 @@ class States:
             undo.callback(self.registry.admission.release, sandbox.id)
             saved = self.snapshots.get(before.snapshot)
             fresh = identity.fresh(sandbox.id, before.request.hostname, before.env, machine_id=before.machine_id or None)
-            async with self.registry.starts:
-                ready = await self.start(saved, sandbox.limits, fresh)
+            ready = await self.start(saved, sandbox.limits, fresh)
             undo.push_async_callback(self.registry.machines.discard_ready, ready)
             entry = before.model_copy(
                 update={
@@ -287,6 +295,7 @@ class States:
                     "boot_ms": round((time.monotonic() - started) * 1000),
                 }
             )
+            self.registry.require(sandbox)
             self.registry.ledger.write(entry, durable=True)
             undo.pop_all()
         sandbox.entry, sandbox.machine, sandbox.guest, sandbox.stored_bytes = entry, ready.machine, ready.guest, 0
@@ -297,11 +306,10 @@ class States:
     async def start(self, saved: Saved, limits: Limits, fresh: identity.Identity) -> Ready:
         """A machine that goes on from a saved state with this identity, as soon as that has proved to be what was saved.
 
-        All or nothing; the caller holds one of `registry.starts`.
+        All or nothing.
         """
-        key = self.key(saved, limits)
         # Reading all of it twice, one after the other, would double the time. What is restored does nothing yet.
-        restoring = asyncio.create_task(self.registry.machines.restored(key, quiet=False, blank=True))
+        restoring = asyncio.create_task(self._restored(self.key(saved, limits)))
         try:
             await self.snapshots.check(saved.manifest.id)
             ready = await asyncio.shield(restoring)
@@ -317,6 +325,10 @@ class States:
             await self.registry.machines.discard_ready(ready)
             raise
         return ready
+
+    async def _restored(self, key: SlotKey) -> Ready:
+        async with self.registry.starts:
+            return await self.registry.machines.restored(key, quiet=False, blank=True)
 
     # Snapshots
 
@@ -358,6 +370,11 @@ class States:
 
     def list_snapshots(self) -> list[HostSnapshot]:
         return [describe(saved) for saved in self.snapshots.list("snapshot")]
+
+    async def give_up_snapshot(self, snapshot_id: SnapshotId) -> HostSnapshot | None:
+        """See `control.hosts.Host.give_up_snapshot`."""
+        await self.abandon(snapshot_id)
+        return next((describe(saved) for saved in self.snapshots.list("snapshot") if saved.manifest.id == snapshot_id), None)
 
     async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         await self.abandon(snapshot_id)

@@ -310,14 +310,19 @@ class FileBatch(GuestShape):
     entries: Annotated[list[FileStat], Field(max_length=4096)]
 
 
+# Linux's PATH_MAX; the base64 of so much is a third longer.
+Name = Annotated[str, Field(max_length=4096)]
+Name64 = Annotated[str, Field(max_length=5464)]
+
+
 class Scanned(GuestShape):
     """An entry of a tree; `path_bytes` is relative to its root, which itself is empty.
 
     `pristine`: a file of the image that was never written to. Times alone do not tell: see `file.scan` in PROTOCOL.md.
     """
 
-    path: LongText
-    path_b64: LongText | None = None
+    path: Name
+    path_b64: Name64 | None = None
     type: Literal["file", "directory", "symlink", "other"]
     size: Count
     mode: Annotated[int, Field(ge=0, le=0o7777)]
@@ -326,8 +331,8 @@ class Scanned(GuestShape):
     mtime_ns: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
     ctime_ns: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
     pristine: bool
-    target: LongText | None = None
-    target_b64: LongText | None = None
+    target: Name | None = None
+    target_b64: Name64 | None = None
 
     @property
     def path_bytes(self) -> bytes:

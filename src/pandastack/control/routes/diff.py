@@ -16,6 +16,8 @@ from pandastack.wire.diff import DEFAULT_CHANGES, ChangeLimit, FileChange, FileD
 
 router = APIRouter(prefix="/v1", tags=["diff"])
 Here = Annotated[Parts, Depends(parts)]
+# Names in one listing: they are the sandbox's, and are all in memory at once.
+MAX_TEXT = 32 << 20
 Point = Annotated[str, Query(min_length=1, max_length=64, description="the id of a snapshot or a sandbox")]
 
 
@@ -44,12 +46,20 @@ async def diff(
         data = here.gateway.counted_out(_patch(first, found), at_most=None)
         return answers.ByteStream(here, caller, data, media_type="text/x-diff")
     changes: list[FileChange] = []
+    text = 0
     async with closing(found):
         async for change, _patch_of_it in found:
-            if len(changes) == limit:
+            text += _length(change)
+            if len(changes) == limit or text > MAX_TEXT:
                 return answers.json(FileDiff(a=a, b=b, path=path.decode("utf-8", "replace"), changes=changes, truncated=True))
             changes.append(change)
     return answers.json(FileDiff(a=a, b=b, path=path.decode("utf-8", "replace"), changes=changes))
+
+
+def _length(change: FileChange) -> int:
+    """What it is made of, in characters, about."""
+    sides = [side for side in (change.before, change.after) if side is not None]
+    return len(change.path) + len(change.path_b64 or "") + sum(len(side.target or "") + len(side.target_b64 or "") for side in sides)
 
 
 async def _patch(first: HostChange | None, rest: AsyncIterator[HostChange]) -> AsyncIterator[bytes]:

@@ -183,6 +183,7 @@ class Pool:
             if problem := self.problem():
                 raise HostUnfit(f"there is a storage pool, but {problem}", hint=_remedy(known))
             return known, known.stat().st_size
+        loops.unmount_all(self.directory)  # What a killed `init` left.
         if found := self.in_the_way():
             raise Conflict(f"{found} in {self._data_dir}", hint="delete them first, or make the pool in a new data directory (--data-dir)")
         target = (file or self._data_dir / "pool.xfs").absolute()
@@ -205,7 +206,14 @@ class Pool:
         finally:
             temporary.unlink(missing_ok=True)
         beside = target.parent == self._data_dir.absolute()
-        self._write(Record(file=Path(target.name) if beside else target, id=identity))
+        try:
+            _sync(target.parent)
+            self._write(Record(file=Path(target.name) if beside else target, id=identity))
+        except BaseException:
+            # Without its record it would only be in the way of the next try.
+            if self.file is None:
+                target.unlink(missing_ok=True)
+            raise
         for name in _MOVED:
             shutil.rmtree(self._data_dir / name, ignore_errors=True)
         return target, size_bytes
@@ -240,11 +248,15 @@ class Pool:
             stream.flush()
             os.fsync(stream.fileno())
         Path(stream.name).replace(self._record)
-        fd = os.open(self._data_dir, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _sync(self._data_dir)
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def default_size(folder: Path) -> int:

@@ -151,7 +151,14 @@ class Snapshots:
 
     async def publish(self, snapshot_id: SnapshotId, kind: Kind, origin: Origin) -> Saved:
         """Make the folder of `writing` a durable state. Raises DiskFull; then there is none."""
-        return await asyncio.to_thread(self._publish, snapshot_id, kind, origin)
+        publishing = asyncio.ensure_future(asyncio.to_thread(self._publish, snapshot_id, kind, origin))
+        try:
+            return await asyncio.shield(publishing)
+        except asyncio.CancelledError:
+            # A thread cannot be cancelled: it would publish after its caller had cleaned up.
+            await asyncio.wait([publishing])
+            await self.delete(snapshot_id)
+            raise
 
     def _publish(self, snapshot_id: SnapshotId, kind: Kind, origin: Origin) -> Saved:
         source, target = self._root / _NEW / snapshot_id, self._root / snapshot_id
