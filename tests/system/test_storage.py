@@ -21,7 +21,7 @@ from pandastack import errors
 
 from . import notes
 from .conftest import MakeServer
-from .servers import Server
+from .servers import Server, until
 from .test_disk_full import leave_mib
 
 pytestmark = pytest.mark.skipif(shutil.which("mkfs.xfs", path="/usr/sbin:/sbin") is None, reason="xfsprogs is not installed")
@@ -90,6 +90,7 @@ def test_everything_in_a_pool_is_there_after_a_restart_of_server_and_machine(own
     # The machine goes down without a word: of what was hibernated, nothing is lost.
     for one in (sandbox, child):
         one.hibernate()
+    until(lambda: not list((server.data / "pool" / "disks").glob("*.img")), "their disks are given back")
     server.kill()
     subprocess.run(["umount", str(server.data / "pool")], check=True)
     server.start()
