@@ -52,6 +52,11 @@ class Entry(BaseModel):
     boot_ms: int = 0
     reason: str | None = None
 
+    def running_in(self, machine: str, *, token: str, machine_id: str, boot_mode: str, boot_ms: int) -> Entry:
+        """The same sandbox brought back in a new machine, whatever it was before."""
+        now = {"machine": machine, "token": token, "machine_id": machine_id, "boot_mode": boot_mode, "boot_ms": boot_ms}
+        return self.model_copy(update={**now, "state": "running", "snapshot": "", "paused": False, "reason": None})
+
 
 class Ledger:
     """Blocking, but each call is one small file; the page cache answers."""

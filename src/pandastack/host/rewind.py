@@ -66,18 +66,12 @@ class Rewinds:
             if sandbox.ending is not None and not sandbox.ending.done():
                 # It failed meanwhile: what is being taken apart must not be taken for the new one.
                 await asyncio.wait([sandbox.ending])
-            entry = before.model_copy(
-                update={
-                    "state": "running",
-                    "machine": ready.machine.spec.id,
-                    "token": fresh.token,
-                    "machine_id": fresh.machine_id,
-                    "snapshot": "",
-                    "paused": False,
-                    "reason": None,
-                    "boot_mode": "rewind",
-                    "boot_ms": round((time.monotonic() - started) * 1000),
-                }
+            entry = before.running_in(
+                ready.machine.spec.id,
+                token=fresh.token,
+                machine_id=fresh.machine_id,
+                boot_mode="rewind",
+                boot_ms=round((time.monotonic() - started) * 1000),
             )
             self._registry.require(sandbox)
             self._registry.ledger.write(entry, durable=True)

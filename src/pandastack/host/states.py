@@ -283,17 +283,12 @@ class States:
             fresh = identity.fresh(sandbox.id, before.request.hostname, before.env, machine_id=before.machine_id or None)
             ready = await self.start(saved, sandbox.limits, fresh)
             undo.push_async_callback(self.registry.machines.discard_ready, ready)
-            entry = before.model_copy(
-                update={
-                    "state": "running",
-                    "machine": ready.machine.spec.id,
-                    "token": fresh.token,
-                    "machine_id": fresh.machine_id,
-                    "snapshot": "",
-                    "reason": None,
-                    "boot_mode": "wake",
-                    "boot_ms": round((time.monotonic() - started) * 1000),
-                }
+            entry = before.running_in(
+                ready.machine.spec.id,
+                token=fresh.token,
+                machine_id=fresh.machine_id,
+                boot_mode="wake",
+                boot_ms=round((time.monotonic() - started) * 1000),
             )
             self.registry.require(sandbox)
             self.registry.ledger.write(entry, durable=True)
