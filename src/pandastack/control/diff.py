@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pandastack.control.access import Caller
 from pandastack.control.creates import Creates
 from pandastack.control.hosts import Host, closing, deadline
+from pandastack.control.sandboxes import WHICH_SNAPSHOTS
 from pandastack.control.settings import ControlSettings
 from pandastack.control.snapshots import Snapshots
 from pandastack.control.states import States
@@ -81,5 +82,5 @@ class Diffs:
         try:
             row = await self._states.usable(caller, name)
         except SandboxNotFound:
-            raise NotFoundError("no such snapshot or sandbox") from None
+            raise NotFoundError("no such snapshot or sandbox", hint=WHICH_SNAPSHOTS) from None
         return row.host_id, HostPoint(kind="sandbox", id=row.id)

@@ -51,6 +51,8 @@ from pandastack.wire.sandboxes import (
 
 _INSIDE = ("tenant_id", "created_us", "failed_us", "keep_awake_us", "checkpoints", "checkpoint_error")
 
+WHICH_SNAPSHOTS = "see `pandastack snapshot list`, and `pandastack sandbox history` for the points of one sandbox"
+
 
 def when(at_us: int) -> str:
     """RFC 3339 in UTC, to the microsecond."""
@@ -266,7 +268,7 @@ def not_usable(row: SandboxRow) -> SandboxNotRunning:
 
 
 def _no_snapshot(field: str) -> SnapshotNotFound:
-    return SnapshotNotFound("no such snapshot", http_status=400, field=field)
+    return SnapshotNotFound("no such snapshot", hint=WHICH_SNAPSHOTS, http_status=400, field=field)
 
 
 def _idleness(known: HostSandbox) -> str | None:

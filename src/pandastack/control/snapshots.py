@@ -23,7 +23,7 @@ from pandastack.control.creates import Created, Creates, Request, digest
 from pandastack.control.hosts import Host, deadline
 from pandastack.control.meters import Meters
 from pandastack.control.quotas import Quotas
-from pandastack.control.sandboxes import cores, when
+from pandastack.control.sandboxes import WHICH_SNAPSHOTS, cores, when
 from pandastack.control.settings import ControlSettings
 from pandastack.control.states import States
 from pandastack.control.store import Store
@@ -271,4 +271,4 @@ def _deleted_meanwhile() -> Conflict:
 
 
 def _unknown() -> SnapshotNotFound:
-    return SnapshotNotFound("no such snapshot")
+    return SnapshotNotFound("no such snapshot", hint=WHICH_SNAPSHOTS)
