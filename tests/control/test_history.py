@@ -261,6 +261,8 @@ async def test_a_point_that_is_being_read_is_not_thinned_out(w: World) -> None:
     await until(lambda: w.host.calls["create"] > made)
     await execute(w, sandbox, "echo second")
     await points(w, sandbox, 2)
+    await asyncio.sleep(0.2)
+    assert first["id"] in [point["id"] for point in await history(w, sandbox)]
     going_on.set()
     assert (await making).status_code == 201
 

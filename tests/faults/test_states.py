@@ -355,7 +355,7 @@ async def test_a_rewind_that_is_given_up_has_not_happened(world: World, host: Ho
         await asyncio.sleep(0)
     assert await host.give_up_snapshot(undo) is None
     with pytest.raises(asyncio.CancelledError):
-        await doing
+        await asyncio.wait_for(doing, 5)
     assert await is_later(host, box)
     assert (world.left(), saved(world)) == before
     await remembers(host, box)
