@@ -19,11 +19,17 @@ EndReason = Literal["exited", "oom", "stopped"]
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """Constant for the life of the process; reported upward with the host."""
+    """Constant for the life of the process; reported upward with the host.
+
+    `fixed_size`: a saved state is restored only with the CPUs and memory that it was saved with. `image`: a machine's root is a
+    raw ext4 image and not a directory.
+    """
 
     snapshot: bool
     fork_memory: bool
     own_kernel: bool
+    fixed_size: bool = False
+    image: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +46,10 @@ class Limits:
 class MachineSpec:
     """All a driver needs to know of one machine.
 
-    `rootfs` is shared and never written to. `disk` is a directory of this machine whose file system has the
-    size of its disk limit; everything that the guest writes ends there. `state` is a private directory for
-    the driver's own files. `guest` is a directory that holds the guest binary, mounted read-only at `/.pandastack`.
+    `rootfs` is shared and never written to: a directory, or a raw ext4 image where `Capabilities.image` is set. `disk` is a
+    directory of this machine; everything that the guest writes ends there. Its file system has the size of the disk limit,
+    but for images: they are cloned into it, and have that size themselves. `state` is a private directory for the driver's
+    own files. `guest` is a directory that holds the guest binary, which the sandbox sees read-only at `/.pandastack`.
     """
 
     id: MachineId
@@ -164,8 +171,13 @@ class Machine(Protocol):
 
 
 class Runtime(Protocol):
+    """`isolation` is what stands between guest and host: `none`, `gvisor` or `microvm`. `acceleration` is what runs the code of a
+    microVM, `kvm` or `tcg` (emulation); None where there is no machine to run. Both hold from the first `probe` on.
+    """
+
     name: str
     isolation: str
+    acceleration: str | None
     capabilities: Capabilities
 
     async def probe(self) -> Probe: ...

@@ -208,6 +208,7 @@ class FakeRuntime:
 
     name = "fake"
     isolation = "none"
+    acceleration: str | None = None
     capabilities = Capabilities(snapshot=True, fork_memory=True, own_kernel=False)
 
     def __init__(self) -> None:

@@ -48,6 +48,7 @@ class GvisorRuntime:
 
     name = "gvisor"
     isolation = "gvisor"
+    acceleration: str | None = None
     capabilities = Capabilities(snapshot=True, fork_memory=True, own_kernel=False)
 
     def __init__(self, runsc: Path, *, root: Path, group: str, guest: Path, keeper: Keeper, dialect: Dialect | None = None) -> None:
