@@ -9,11 +9,13 @@ test nothing may be left: no process, cgroup, mount, loop device, state file or 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -679,3 +681,52 @@ class TestProbe:
         assert not works
         assert "no control dialect" in reason
         assert "no luck" in hint, "runsc's own last words are in it"
+
+
+async def test_a_cancelled_prepare_closes_what_it_opened_although_its_error_is_kept(
+    short: Path, guest_directory: Path, rootfs: Path, no_leaks: None
+) -> None:
+    """Whoever keeps the error keeps the frames in it, so nothing may wait there for the collector."""
+    putting, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    class SlowKeeper:
+        def put(self, name: str, fds: list[int]) -> None:
+            loop.call_soon_threadsafe(putting.set)
+            assert go_on.wait(20)
+
+        def get(self, name: str) -> list[int]:
+            return []
+
+        def drop(self, name: str) -> None:
+            pass
+
+    runtime = GvisorRuntime(
+        _runsc("gvisor"), root=short / "gv", group=f"pandastack-test-{short.name}", guest=guest_directory, keeper=SlowKeeper()
+    )
+    machine, (disk, state) = MachineId("m" + secrets.token_hex(8)), (short / "disk", short / "state")
+    disk.mkdir()
+    state.mkdir()
+    spec = MachineSpec(id=machine, rootfs=rootfs, guest=guest_directory, disk=disk, state=state, limits=LIMITS)
+    go_on.set()
+    assert (await runtime.probe()).works
+    go_on.clear()
+    putting.clear()
+    preparing = asyncio.create_task(runtime.prepare(spec))
+    async with asyncio.timeout(20):
+        await putting.wait()
+    before = _sockets()
+    preparing.cancel()
+    go_on.set()
+    (error,) = await asyncio.gather(preparing, return_exceptions=True)
+    assert isinstance(error, asyncio.CancelledError)
+    assert len(before - _sockets()) == 4, "both ends of stdin and of stdout"
+    assert await runtime.sweep([]) == []
+
+
+def _sockets() -> set[str]:
+    found = set()
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.add(str(fd.readlink()))
+    return {what for what in found if what.startswith("socket:")}

@@ -180,12 +180,16 @@ class GvisorRuntime:
             # The guest must see its own limit as the machine's memory, and runsc reads it while it creates; what
             # runsc itself needs is added afterwards.
             await _to_the_end(self._before_create, spec, cgroup, arguments)
-            stdin_ours, stdin_guest = _socketpair()
-            stdout_ours, stdout_guest = _socketpair()
-            machine.stdio = (stdin_ours, stdout_ours)
-            await _to_the_end(self.keeper.put, spec.id, [stdin_ours.fileno(), stdout_ours.fileno()])
             log = spec.state / "runsc.log"
-            with stdin_guest, stdout_guest, log.open("ab") as log_file:
+            # Closed here and not by whoever collects them: an error may keep this frame, and all that it holds, for a while.
+            with contextlib.ExitStack() as ends:
+                stdin_ours, stdin_guest = _socketpair()
+                stdout_ours, stdout_guest = _socketpair()
+                machine.stdio = (stdin_ours, stdout_ours)
+                for end in (stdin_guest, stdout_guest):
+                    ends.enter_context(end)
+                await _to_the_end(self.keeper.put, spec.id, [stdin_ours.fileno(), stdout_ours.fileno()])
+                log_file = ends.enter_context(log.open("ab"))
                 process = await asyncio.create_subprocess_exec(
                     *command.create(self.prefix(spec), spec),
                     stdin=stdin_guest.fileno(),
