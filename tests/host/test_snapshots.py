@@ -64,6 +64,51 @@ async def test_what_was_saved_is_there_after_a_restart(store: Snapshots) -> None
     assert again.list("hibernation") == []
 
 
+def _memory(path: Path, *pieces: tuple[int, bytes], size: int = 8 << 20) -> Path:
+    with path.open("wb") as file:
+        file.truncate(size)
+        for at, content in pieces:
+            file.seek(at)
+            file.write(content)
+    return path
+
+
+def test_the_digest_of_a_sparse_file_is_of_what_is_in_it_and_where(tmp_path: Path) -> None:
+    first, page = _memory(tmp_path / "first", (0, b"a"), (300_000, b"b" * 5000), ((8 << 20) - 3, b"end")), bytes(4096)
+    measured = module._measure(first)
+    assert measured.sparse
+    # Zeros that were written are as good as a hole.
+    same = _memory(tmp_path / "same", (1 << 20, page * 200), (0, b"a"), (300_000, b"b" * 5000), ((8 << 20) - 3, b"end"))
+    full = tmp_path / "full"
+    full.write_bytes(first.read_bytes())
+    assert module._measure(same).sha256 == measured.sha256 == module._measure(full, sparse=True).sha256
+    others = [
+        _memory(tmp_path / "moved", (1, b"a"), (300_000, b"b" * 5000), ((8 << 20) - 3, b"end")),
+        _memory(tmp_path / "block", (262_144, b"a"), (300_000, b"b" * 5000), ((8 << 20) - 3, b"end")),
+        _memory(tmp_path / "less", (0, b"a"), (300_000, b"b" * 4999), ((8 << 20) - 3, b"end")),
+        _memory(tmp_path / "more", (0, b"a"), (300_000, b"b" * 5000), (5 << 20, b"c"), ((8 << 20) - 3, b"end")),
+        _memory(tmp_path / "empty"),
+    ]
+    assert len({module._measure(other, sparse=True).sha256 for other in others} | {measured.sha256}) == len(others) + 1
+    assert not module._measure(full, sparse=False).sparse
+
+
+async def test_a_sparse_file_is_checked_however_it_lies_on_the_disk(store: Snapshots) -> None:
+    snapshot_id = new_snapshot_id()
+    async with store.writing(snapshot_id) as folder:
+        _memory(folder / "mem", (4 << 20, b"page"))
+        saved = await store.publish(snapshot_id, "snapshot", ORIGIN)
+    assert saved.size_bytes < 1 << 20
+    path = saved.folder / "mem"
+    path.write_bytes(path.read_bytes())
+    assert await store.check(snapshot_id) == saved
+    with path.open("r+b") as file:
+        file.seek(7 << 20)
+        file.write(b"x")
+    with pytest.raises(SnapshotUnusable):
+        await store.check(snapshot_id)
+
+
 async def test_one_that_was_not_finished_leaves_nothing(store: Snapshots) -> None:
     async def broken_off() -> None:
         async with store.writing(new_snapshot_id()) as folder:
