@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from pandastack.errors import DiskFull, SnapshotNotFound, SnapshotUnusable
 from pandastack.host.storage import snapshots as module
-from pandastack.host.storage.snapshots import Origin, Saved, Snapshots
+from pandastack.host.storage.snapshots import Origin, Saved, SavedFile, Snapshots
 from pandastack.wire.ids import SandboxId, SnapshotId, new_snapshot_id
 
 pytestmark = pytest.mark.anyio
@@ -64,7 +66,7 @@ async def test_what_was_saved_is_there_after_a_restart(store: Snapshots) -> None
     assert again.list("hibernation") == []
 
 
-def _memory(path: Path, *pieces: tuple[int, bytes], size: int = 8 << 20) -> Path:
+def _memory(path: Path, *pieces: tuple[int, bytes], size: int = 20 << 20) -> Path:
     with path.open("wb") as file:
         file.truncate(size)
         for at, content in pieces:
@@ -73,24 +75,39 @@ def _memory(path: Path, *pieces: tuple[int, bytes], size: int = 8 << 20) -> Path
     return path
 
 
-def test_the_digest_of_a_sparse_file_is_of_what_is_in_it_and_where(tmp_path: Path) -> None:
-    first, page = _memory(tmp_path / "first", (0, b"a"), (300_000, b"b" * 5000), ((8 << 20) - 3, b"end")), bytes(4096)
-    measured = module._measure(first)
-    assert measured.sparse
+def digest(path: Path, **how: Any) -> str:
+    with ThreadPoolExecutor(2) as pool:
+        return module._measure(path, pool, **how).sha256
+
+
+def test_a_digest_is_of_what_is_in_a_file_and_where_not_of_its_holes(tmp_path: Path) -> None:
+    first, page = _memory(tmp_path / "first", (0, b"a"), (300_000, b"b" * 5000), ((20 << 20) - 3, b"end")), bytes(4096)
     # Zeros that were written are as good as a hole.
-    same = _memory(tmp_path / "same", (1 << 20, page * 200), (0, b"a"), (300_000, b"b" * 5000), ((8 << 20) - 3, b"end"))
+    same = _memory(tmp_path / "same", (1 << 20, page * 200), (0, b"a"), (300_000, b"b" * 5000), ((20 << 20) - 3, b"end"))
     full = tmp_path / "full"
     full.write_bytes(first.read_bytes())
-    assert module._measure(same).sha256 == measured.sha256 == module._measure(full, sparse=True).sha256
+    assert digest(same) == digest(first) == digest(full)
+    assert digest(full, pieced=False) == hashlib.sha256(full.read_bytes()).hexdigest()
     others = [
-        _memory(tmp_path / "moved", (1, b"a"), (300_000, b"b" * 5000), ((8 << 20) - 3, b"end")),
-        _memory(tmp_path / "block", (262_144, b"a"), (300_000, b"b" * 5000), ((8 << 20) - 3, b"end")),
-        _memory(tmp_path / "less", (0, b"a"), (300_000, b"b" * 4999), ((8 << 20) - 3, b"end")),
-        _memory(tmp_path / "more", (0, b"a"), (300_000, b"b" * 5000), (5 << 20, b"c"), ((8 << 20) - 3, b"end")),
-        _memory(tmp_path / "empty"),
+        _memory(tmp_path / "moved", (1, b"a"), (300_000, b"b" * 5000), ((20 << 20) - 3, b"end")),
+        _memory(tmp_path / "block", (262_144, b"a"), (300_000, b"b" * 5000), ((20 << 20) - 3, b"end")),
+        _memory(tmp_path / "piece", (8 << 20, b"a"), (300_000, b"b" * 5000), ((20 << 20) - 3, b"end")),
+        _memory(tmp_path / "less", (0, b"a"), (300_000, b"b" * 4999), ((20 << 20) - 3, b"end")),
+        _memory(tmp_path / "more", (0, b"a"), (300_000, b"b" * 5000), (12 << 20, b"c"), ((20 << 20) - 3, b"end")),
+        _memory(tmp_path / "none"),
     ]
-    assert len({module._measure(other, sparse=True).sha256 for other in others} | {measured.sha256}) == len(others) + 1
-    assert not module._measure(full, sparse=False).sparse
+    assert len({digest(other) for other in others} | {digest(first)}) == len(others) + 1
+
+
+async def test_a_state_of_an_early_version_is_still_checked(store: Snapshots) -> None:
+    made = await saved(store)
+    files = {name: SavedFile(size=len(content), sha256=hashlib.sha256(content).hexdigest()) for name, content in CONTENT.items()}
+    module._write(made.folder / "manifest.json", made.manifest.model_copy(update={"files": files}))
+    store.open()
+    await store.check(made.manifest.id)
+    (made.folder / "pages.img").write_bytes(b"\x02" * 100_000)
+    with pytest.raises(SnapshotUnusable, match="changed"):
+        await store.check(made.manifest.id)
 
 
 async def test_a_sparse_file_is_checked_however_it_lies_on_the_disk(store: Snapshots) -> None:

@@ -22,7 +22,7 @@ import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +39,8 @@ _MANIFEST = "manifest.json"
 _NEW = ".new"
 _MAX_MANIFEST_BYTES = 16 << 20
 _WRITE_EVERY_S = 0.01
-_BLOCK_BYTES = 256 << 10
+_BLOCK_BYTES, _PIECE_BYTES = 256 << 10, 8 << 20
+_DIGESTING = 2  # Threads; more would only take the processor from the sandboxes.
 _ZEROS = bytes(_BLOCK_BYTES)
 _SYNC_FILE_RANGE_WRITE = 2  # From linux/fs.h: begin to write dirty pages, wait for nothing.
 
@@ -53,13 +54,11 @@ class _Shape(BaseModel):
 
 
 class SavedFile(_Shape):
-    """`sparse`: the digest is of the blocks that are not all zero, each with its place, so that the memory of a machine costs what
-    it uses and not what it could. It does not depend on where the file has holes.
-    """
+    """`pieced`: how `sha256` was made, see `_digest`; states of early versions have the plain one of the file."""
 
     size: int = Field(ge=0)
     sha256: str
-    sparse: bool = False
+    pieced: bool = False
 
 
 class Origin(_Shape):
@@ -173,9 +172,9 @@ class Snapshots:
         try:
             paths = sorted(source.iterdir())
             # Digests come from the page cache while the disk writes.
-            with ThreadPoolExecutor(2) as pool:
+            with ThreadPoolExecutor(1 + _DIGESTING) as pool:
                 syncing = pool.submit(_sync, *paths)
-                files = dict(zip([path.name for path in paths], pool.map(_measure, paths), strict=True))
+                files = {path.name: _measure(path, pool) for path in paths}
                 syncing.result()
             created_us = time.time_ns() // 1000
             manifest = Manifest(id=snapshot_id, kind=kind, created_us=created_us, origin=origin, files=files)
@@ -252,35 +251,46 @@ def _start_writing(folder: Path) -> None:
                 _libc.sync_file_range(file.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
 
 
-def _measure(path: Path, *, sparse: bool | None = None) -> SavedFile:
-    """`sparse` None: whichever is less work."""
+def _measure(path: Path, pool: Executor, *, pieced: bool = True) -> SavedFile:
     with path.open("rb") as file:
-        status = os.fstat(file.fileno())
-        if sparse is None:
-            sparse = status.st_blocks * 512 < status.st_size // 2
-        digest = _sparse_digest(file.fileno(), status.st_size) if sparse else hashlib.file_digest(file, "sha256").hexdigest()
-    return SavedFile(size=status.st_size, sha256=digest, sparse=sparse)
+        size = os.fstat(file.fileno()).st_size
+        digest = _digest(file.fileno(), size, pool) if pieced else hashlib.file_digest(file, "sha256").hexdigest()
+    return SavedFile(size=size, sha256=digest, pieced=pieced)
 
 
-def _sparse_digest(fd: int, size: int) -> str:
+def _digest(fd: int, size: int, pool: Executor) -> str:
+    """The digest of the digests of a file's pieces, which are made side by side.
+
+    That of a piece is of its blocks which are not all zero, each with its place: the memory of a machine then costs what it uses and
+    not what it could, wherever the file has holes.
+    """
+    whole = hashlib.sha256()
+    for piece in pool.map(lambda start: _piece_digest(fd, start, min(size, start + _PIECE_BYTES)), range(0, size, _PIECE_BYTES)):
+        whole.update(piece)
+    return whole.hexdigest()
+
+
+def _piece_digest(fd: int, position: int, end: int) -> bytes:
     digest, buffer = hashlib.sha256(), bytearray(_BLOCK_BYTES)
-    position = 0
-    while position < size:
+    while position < end:
         try:
             start = os.lseek(fd, position, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:
                 break  # There is only a hole left.
             raise
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        for position in range(start - start % _BLOCK_BYTES, end, _BLOCK_BYTES):
-            count = os.preadv(fd, [buffer], position)
-            block = buffer if count == _BLOCK_BYTES else buffer[:count]
-            if block != (_ZEROS if count == _BLOCK_BYTES else bytes(count)):
-                digest.update(position.to_bytes(8, "little"))
-                digest.update(block)
-        position = max(position + _BLOCK_BYTES, end)
-    return digest.hexdigest()
+        if start >= end:
+            break
+        position = start - start % _BLOCK_BYTES
+        count = os.preadv(fd, [buffer], position)
+        if count < min(_BLOCK_BYTES, end - position):
+            raise OSError(errno.EIO, "a file became shorter while it was read")
+        block = buffer if count == _BLOCK_BYTES else buffer[:count]
+        if block != (_ZEROS if count == _BLOCK_BYTES else bytes(count)):
+            digest.update(position.to_bytes(8, "little"))
+            digest.update(block)
+        position += _BLOCK_BYTES
+    return digest.digest()
 
 
 def _sync(*paths: Path) -> None:
@@ -322,9 +332,10 @@ def _check(saved: Saved) -> None:
         raise _unusable("foreign", "its manifest was replaced")
     for name, expected in manifest.files.items():
         _expect(name, expected, _sized(saved.folder / name))
-    for name, expected in manifest.files.items():
-        if _measure(saved.folder / name, sparse=expected.sparse).sha256 != expected.sha256:
-            raise _unusable("damaged", f"{name} was changed")
+    with ThreadPoolExecutor(_DIGESTING) as pool:
+        for name, expected in manifest.files.items():
+            if _measure(saved.folder / name, pool, pieced=expected.pieced) != expected:
+                raise _unusable("damaged", f"{name} was changed")
 
 
 def _sized(path: Path) -> int | None:
