@@ -47,9 +47,12 @@ type Session struct {
 	displaced bool // ended by EndOthers: its carrier serves the next one
 }
 
-// Serve speaks with whoever is at the other end until the source ends. When `trusted` a token is not asked for and a
-// violation means: scan for the next session; otherwise it means: hang up.
-func (server *Server) Serve(source io.Reader, sink io.Writer, trusted bool, greeted func()) error {
+// Carrier is how a byte stream is treated. Trusted: only the host can be at its other end, so no token is asked for. Lasting:
+// hosts come and go on it, so a violation means to scan for the next session; otherwise it means to hang up.
+type Carrier struct{ Trusted, Lasting bool }
+
+// Serve speaks with whoever is at the other end until the source ends.
+func (server *Server) Serve(source io.Reader, sink io.Writer, carrier Carrier, greeted func()) error {
 	reader := frames.NewReader(source)
 	out := &writer{sink: sink}
 	scan := true
@@ -68,12 +71,12 @@ func (server *Server) Serve(source io.Reader, sink io.Writer, trusted bool, gree
 			return err
 		}
 		session := &Session{server: server, out: out, tag: hello.Tag, hangUp: func() {}, streams: map[uint32]*Stream{}}
-		if closer, ok := source.(io.Closer); ok && !trusted {
+		if closer, ok := source.(io.Closer); ok && !carrier.Lasting {
 			session.hangUp = func() { _ = closer.Close() }
 		}
-		if fault := server.refuse(hello, trusted); fault != nil {
+		if fault := server.refuse(hello, carrier.Trusted); fault != nil {
 			_ = out.send(session, true, session.opening(frames.Error, fault))
-			if !trusted {
+			if !carrier.Lasting {
 				return fault
 			}
 			scan = true
@@ -90,7 +93,7 @@ func (server *Server) Serve(source io.Reader, sink io.Writer, trusted bool, gree
 		switch {
 		case errors.Is(err, frames.ErrNewSession):
 			scan = false
-		case errors.Is(err, frames.ErrViolation) && trusted:
+		case errors.Is(err, frames.ErrViolation) && carrier.Lasting:
 			scan = true
 		default:
 			return err
