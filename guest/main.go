@@ -36,7 +36,7 @@ const (
 
 	portName     = "pandastack"
 	vsockPort    = 1024
-	portPatience = 30 * time.Second
+	portPatience = 10 * time.Second
 	portLook     = 2 * time.Millisecond
 )
 

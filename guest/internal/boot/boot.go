@@ -23,7 +23,7 @@ const (
 	kernelBootID = "/proc/sys/kernel/random/boot_id"
 	newRoot      = "/root"
 	modules      = "/modules"
-	diskPatience = 30 * time.Second
+	diskPatience = 10 * time.Second
 	lookAgain    = 2 * time.Millisecond
 
 	openFiles        = 65536
@@ -68,7 +68,8 @@ func run(arguments []string) error {
 		{"modules", func() error { return loadModules(modules) }},
 		{"program", func() (err error) { program, err = os.ReadFile("/init"); return }},
 		{"disk", func() error { return waitFor(Disk, diskPatience) }},
-		{"root file system", func() error { return mount(Disk, newRoot, "ext4", syscall.MS_NOATIME, "discard") }},
+		// What is deleted goes back to the host; new tables of inodes are zero as they are.
+		{"root file system", func() error { return mount(Disk, newRoot, "ext4", syscall.MS_NOATIME, "discard,noinit_itable") }},
 		{"new root", switchRoot},
 		{"mounts", mountAll},
 		{"daemon", func() error { return install(program) }},

@@ -1,13 +1,12 @@
 package machine
 
 import (
+	"crypto/rand"
 	"encoding/binary"
 	"fmt"
 	"os"
 	"syscall"
 	"unsafe"
-
-	"crypto/rand"
 )
 
 const (
@@ -51,7 +50,7 @@ func newUUID() string {
 }
 
 // grow lets the root file system fill its disk, which may have become larger since it was made.
-func (o *Own) grow() (string, error) {
+func (o *Own) grow() (detail string, err error) {
 	if o == nil {
 		return "runtime", nil
 	}
@@ -82,10 +81,27 @@ func (o *Own) grow() (string, error) {
 		return "", err
 	}
 	defer root.Close()
+	// New tables of inodes would now be filled with zeros, which a disk that just grew has already; many GiB of them on a large
+	// one. To leave that to a thread for later, and to stop the thread before it begins, is the kernel's one way not to.
+	if err := remountRoot("init_itable"); err != nil {
+		return "", err
+	}
+	defer func() {
+		if later := remountRoot("noinit_itable"); err == nil {
+			err = later
+		}
+	}()
 	if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, root.Fd(), resizeFS, uintptr(unsafe.Pointer(&wanted))); errno != 0 {
 		return "", fmt.Errorf("resize from %d to %d blocks: %w", blocks, wanted, errno)
 	}
 	return fmt.Sprintf("grown to %d MiB", wanted*block>>20), nil
+}
+
+func remountRoot(option string) error {
+	if err := syscall.Mount("", "/", "", syscall.MS_REMOUNT|syscall.MS_NOATIME, option); err != nil {
+		return fmt.Errorf("remount with %s: %w", option, err)
+	}
+	return nil
 }
 
 // parseSuperblock returns the number of blocks of an ext4 file system and their size in bytes.

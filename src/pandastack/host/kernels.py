@@ -89,7 +89,8 @@ def initramfs(guest: bytes, modules: Sequence[tuple[str, bytes]]) -> bytes:
 
     It is not compressed: unpacking would take longer than reading does.
     """
-    entries = [cpio.folder("dev"), cpio.character_device("dev/console", 5, 1), cpio.folder("modules"), cpio.folder("root")]
+    entries = [cpio.folder("dev"), cpio.character_device("dev/console", 5, 1), cpio.character_device("dev/null", 1, 3)]
+    entries += [cpio.folder("modules"), cpio.folder("root")]
     entries += [cpio.file(f"modules/{name}.ko", content) for name, content in modules]
     listing = "".join(f"{name}.ko\n" for name, _ in modules)
     return cpio.archive([*entries, cpio.file("modules/order", listing.encode()), cpio.file("init", guest, 0o755)])
