@@ -71,6 +71,10 @@ func main() {
 	maps.Copy(server.Methods, files.Methods())
 	state.Hooks = *hooks
 	if *ownMachine {
+		if err := registry.Confine(boot.Cgroup); err != nil {
+			fmt.Fprintln(os.Stderr, "pandastack-guest:", err)
+			boot.PowerOff()
+		}
 		state.Own = &machine.Own{Disk: boot.Disk, BootID: boot.BootID, Writable: func(wanted bool) error { return boot.Writable(boot.Home, wanted) }}
 	}
 	state.EndOthers = server.EndOthers

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from pandastack.errors import HostUnfit
+from pandastack.errors import GuestError, HostUnfit
 from pandastack.host import app, identity, kernels
 from pandastack.host.guest import Guest, ProcessSpec
 from pandastack.host.kernels import Kernel
@@ -195,6 +195,33 @@ async def test_the_view_is_that_of_other_runtimes(machine: Machine, guest: Guest
     assert await say(guest, "sleep 0.2; grep -l '^State:.Z' /proc/[0-9]*/status | wc -l") == "0\n"
     health = await guest.health()
     assert (health.live, health.sealed) == (0, False)
+
+
+FORKS = """
+import os, time
+for count in range(2000):
+    try:
+        if os.fork() == 0:
+            time.sleep(600)
+            os._exit(0)
+    except OSError as error:
+        print(count, error.errno, flush=True)
+        break
+time.sleep(600)
+"""
+
+
+async def test_more_processes_than_allowed_are_refused_and_the_daemon_lives_on(guest: Guest) -> None:
+    async with asyncio.timeout(120), await guest.run(ProcessSpec(argv=["python3", "-c", FORKS], id="forks")) as stream:
+        _, _, line = await anext(aiter(stream))
+        count, errno = (int(word) for word in line.split())
+        assert (450 < count <= 500, errno) == (True, 11)
+        assert (await guest.health()).live == 1
+        with pytest.raises(GuestError) as refused:
+            await guest.start(ProcessSpec(argv=["true"]))
+        assert refused.value.guest_code == "spawn_failed"
+        assert await guest.signal("forks", 9) > 450
+    assert await say(guest, "cat /proc/self/cgroup") == "0::/sandbox\n"
 
 
 async def test_an_identity_makes_the_machine_itself(machine: Machine, guest: Guest, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ package boot
 import (
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -20,6 +19,11 @@ const (
 	Disk    = "/dev/vda"
 	BootID  = Home + "/boot_id" // is what is seen as the kernel's
 
+	Cgroup = cgroups + "/sandbox" // of all that the daemon starts
+
+	cgroups      = "/sys/fs/cgroup"
+	threadsMax   = "/proc/sys/kernel/threads-max"
+	spareTasks   = 512
 	kernelBootID = "/proc/sys/kernel/random/boot_id"
 	newRoot      = "/root"
 	modules      = "/modules"
@@ -143,7 +147,7 @@ var places = []place{
 	{"devpts", "/dev/pts", syscall.MS_NOSUID | syscall.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620"},
 	{"tmpfs", "/dev/shm", syscall.MS_NOSUID | syscall.MS_NODEV, "mode=1777,size=256m"},
 	{"sysfs", "/sys", syscall.MS_RDONLY | syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_NOEXEC, ""},
-	{"cgroup2", "/sys/fs/cgroup", syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_NOEXEC, ""},
+	{"cgroup2", cgroups, syscall.MS_NOSUID | syscall.MS_NODEV | syscall.MS_NOEXEC, ""},
 }
 
 func mountAll() error {
@@ -227,20 +231,31 @@ func processLimit(path string) (int, error) {
 	return defaultProcesses, nil
 }
 
-// limit sets what all processes inherit, and how many tasks there may be beside those that the kernel has of its own.
+// limit sets what all processes inherit, and how many tasks there may be beside the daemon's and the kernel's. Only a cgroup
+// bounds root, who is everybody here. The kernel's own bound must never be the one that is met: the daemon is under it, too.
 func limit(processes int) error {
 	for resource, value := range map[int]uint64{rlimitNoFile: openFiles, rlimitNProc: uint64(processes), rlimitCore: 0} {
 		if err := syscall.Setrlimit(resource, &syscall.Rlimit{Cur: value, Max: value}); err != nil {
 			return fmt.Errorf("resource %d: %w", resource, err)
 		}
 	}
-	entries, err := filepath.Glob("/proc/[0-9]*")
+	if err := os.WriteFile(cgroups+"/cgroup.subtree_control", []byte("+pids"), 0); err != nil {
+		return err
+	}
+	if err := os.Mkdir(Cgroup, 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(Cgroup+"/pids.max", []byte(strconv.Itoa(processes)), 0); err != nil {
+		return err
+	}
+	text, err := os.ReadFile(threadsMax)
 	if err != nil {
 		return err
 	}
-	// The kernel's own tasks count as well, and it starts a few more as it goes along.
-	most := strconv.Itoa(processes + 2*len(entries))
-	return os.WriteFile("/proc/sys/kernel/threads-max", []byte(most), 0)
+	if most, _ := strconv.Atoi(strings.TrimSpace(string(text))); most < processes+spareTasks {
+		return os.WriteFile(threadsMax, []byte(strconv.Itoa(processes+spareTasks)), 0)
+	}
+	return nil
 }
 
 func interfaceFlagsUp(name string) error {
