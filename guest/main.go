@@ -194,10 +194,9 @@ func serveDevices(server *session.Server) {
 		fmt.Fprintln(os.Stderr, "pandastack-guest: no way to the host:", err)
 		boot.PowerOff()
 	}
-	for {
-		port.WaitForHost()
-		_ = server.Serve(port, port, stdio, func() {})
-	}
+	port.WaitForHost()
+	err = server.Serve(port, port, session.Carrier{Trusted: true, Lasting: true, Next: port.WaitForHost}, func() {})
+	fmt.Fprintln(os.Stderr, "pandastack-guest: the port to the host failed:", err)
 }
 
 // resetIgnored gives the default back to ignored signals that Go does not let anybody catch: those of job control, and

@@ -48,13 +48,29 @@ type Session struct {
 }
 
 // Carrier is how a byte stream is treated. Trusted: only the host can be at its other end, so no token is asked for. Lasting:
-// hosts come and go on it, so a violation means to scan for the next session; otherwise it means to hang up.
-type Carrier struct{ Trusted, Lasting bool }
+// hosts come and go on it, so a violation means to scan for the next session; otherwise it means to hang up. Next: waits for
+// another host where the end of the bytes is only that one has left; nil where it is the end of the carrier.
+type Carrier struct {
+	Trusted, Lasting bool
+	Next             func()
+}
 
 // Serve speaks with whoever is at the other end until the source ends.
 func (server *Server) Serve(source io.Reader, sink io.Writer, carrier Carrier, greeted func()) error {
 	reader := frames.NewReader(source)
+	// The writer outlives hosts, too: what somebody still writes for the last one must not come between frames for the next.
 	out := &writer{sink: sink}
+	for {
+		err := server.sessionsOf(source, reader, out, carrier, greeted)
+		if carrier.Next == nil || err != io.EOF && err != io.ErrUnexpectedEOF {
+			return err
+		}
+		carrier.Next()
+	}
+}
+
+// sessionsOf serves one session after the other until the source ends.
+func (server *Server) sessionsOf(source io.Reader, reader *frames.Reader, out *writer, carrier Carrier, greeted func()) error {
 	scan := true
 	for {
 		if scan {

@@ -6,7 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
+	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"pandastack/guest/internal/frames"
 )
@@ -105,6 +109,70 @@ func TestAPortServesOneHostAfterTheOther(t *testing.T) {
 		if len(server.sessions) != 0 {
 			t.Fatal(name, "a session is left")
 		}
+	}
+}
+
+// slow is a carrier on which a large frame stops half way until it is let go.
+type slow struct {
+	port
+	half, release chan struct{}
+	mutex         sync.Mutex
+}
+
+func (s *slow) Read(into []byte) (int, error) {
+	if len(s.hosts) == 2 && len(s.hosts[0]) == 0 {
+		<-s.half // The first host leaves in the middle of the answer.
+		return 0, io.EOF
+	}
+	return s.port.Read(into)
+}
+
+func (s *slow) put(from []byte) {
+	s.mutex.Lock()
+	defer s.mutex.Unlock()
+	s.sent.Write(from)
+}
+
+func (s *slow) Write(from []byte) (int, error) {
+	if len(from) > 100_000 {
+		s.put(from[:50_000])
+		close(s.half)
+		<-s.release
+		from = from[50_000:]
+	}
+	s.put(from)
+	return len(from), nil
+}
+
+func TestAFrameForTheLastHostIsFinishedBeforeTheNextOneIsGreeted(t *testing.T) {
+	called := make(chan uint32, 4)
+	server := newServer(called)
+	server.Methods["large"] = func(stream *Stream, _ []byte) error { return stream.Answer(strings.Repeat("x", 200_000)) }
+	large := frames.Encode(frames.Frame{Kind: frames.Call, Flags: frames.FlagLast, Stream: 1, Payload: []byte(`{"method":"large"}`)}, 7)
+	carrier := &slow{port: port{hosts: [][]byte{append(opening(7), large...), append(opening(8), call(8)...)}, called: called},
+		half: make(chan struct{}), release: make(chan struct{})}
+	left := 0
+	next := func() {
+		if left++; left == 1 {
+			carrier.hosts, carrier.wait = carrier.hosts[1:], 1
+			time.AfterFunc(50*time.Millisecond, func() { close(carrier.release) })
+			return
+		}
+		runtime.Goexit()
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = server.Serve(carrier, carrier, Carrier{Trusted: true, Lasting: true, Next: next}, func() {})
+	}()
+	<-done
+	carrier.mutex.Lock()
+	defer carrier.mutex.Unlock()
+	if found := answers(t, carrier.sent.Bytes(), 7); len(found) != 2 {
+		t.Fatal("the old frame was cut in two:", found)
+	}
+	if found := answers(t, carrier.sent.Bytes(), 8); len(found) != 2 || found[0] != frames.HelloOK || found[1] != frames.Reply {
+		t.Fatal(found)
 	}
 }
 
