@@ -3,8 +3,11 @@
 package main
 
 import (
+	"errors"
 	"flag"
 	"fmt"
+	"io"
+	"io/fs"
 	"maps"
 	"net"
 	"os"
@@ -17,6 +20,8 @@ import (
 	"time"
 	"unsafe"
 
+	"pandastack/guest/internal/boot"
+	"pandastack/guest/internal/carriers"
 	"pandastack/guest/internal/files"
 	"pandastack/guest/internal/machine"
 	"pandastack/guest/internal/processes"
@@ -28,11 +33,21 @@ const (
 	helloTimeout   = 10 * time.Second
 	maxConnections = 64
 	memoryGoal     = 96 << 20
+
+	portName     = "pandastack"
+	vsockPort    = 1024
+	portPatience = 10 * time.Second
+	portLook     = 2 * time.Millisecond
 )
 
 func main() {
+	if boot.Wanted() {
+		// No TCP listener: no process inside can pretend to be the host.
+		boot.Run("-machine", "-listen", "")
+	}
 	listen := flag.String("listen", "127.0.0.1:1024", "TCP address to serve besides stdin; empty for none")
 	noStdio := flag.Bool("no-stdio", false, "do not speak over stdin and stdout")
+	ownMachine := flag.Bool("machine", false, "kernel and devices are this sandbox's own: speak over virtio-serial and vsock, not stdin")
 	hooks := flag.String("hooks", machine.HookDirectory, "directory of before-snapshot and after-restore")
 	version := flag.Bool("version", false, "print the version and exit")
 	flag.Parse()
@@ -55,6 +70,13 @@ func main() {
 	maps.Copy(server.Methods, state.Methods())
 	maps.Copy(server.Methods, files.Methods())
 	state.Hooks = *hooks
+	if *ownMachine {
+		if err := registry.Confine(boot.Cgroup); err != nil {
+			fmt.Fprintln(os.Stderr, "pandastack-guest:", err)
+			boot.PowerOff()
+		}
+		state.Own = &machine.Own{Disk: boot.Disk, BootID: boot.BootID, Writable: func(wanted bool) error { return boot.Writable(boot.Home, wanted) }}
+	}
 	state.EndOthers = server.EndOthers
 	registry.Activity = func(live int) { server.Broadcast(map[string]any{"type": "activity", "live": live}) }
 
@@ -64,7 +86,7 @@ func main() {
 		case err == nil:
 			state.ListenPort = uint16(listener.Addr().(*net.TCPAddr).Port)
 			go accept(listener, server)
-		case *noStdio:
+		case *noStdio && !*ownMachine:
 			fmt.Fprintln(os.Stderr, "pandastack-guest:", err)
 			os.Exit(1)
 		default:
@@ -72,8 +94,11 @@ func main() {
 			fmt.Fprintln(os.Stderr, "pandastack-guest:", err)
 		}
 	}
-	if !*noStdio {
-		_ = server.Serve(descriptor(0), descriptor(1), true, func() {})
+	switch {
+	case *ownMachine:
+		serveDevices(server)
+	case !*noStdio:
+		_ = server.Serve(descriptor(0), descriptor(1), stdio, func() {})
 	}
 	// Without stdin the daemon lives on: sandboxes outlive the host that started them.
 	select {}
@@ -102,23 +127,76 @@ func handleSignals() {
 	}()
 }
 
+// How the carriers differ; see PROTOCOL.md, section 1.
+var (
+	stdio  = session.Carrier{Trusted: true, Lasting: true}
+	overVM = session.Carrier{Trusted: true} // Only the host reaches it.
+	local  = session.Carrier{}
+)
+
+type connection interface {
+	io.ReadWriteCloser
+	SetReadDeadline(until time.Time) error
+}
+
+func openPort() (*carriers.Port, error) {
+	deadline := time.Now().Add(portPatience)
+	for time.Now().Before(deadline) {
+		if device := carriers.FindPort("/sys", portName); device != "" {
+			// Its device follows its entry.
+			if port, err := carriers.OpenPort(device); err == nil || !errors.Is(err, fs.ErrNotExist) {
+				return port, err
+			}
+		}
+		time.Sleep(portLook)
+	}
+	return nil, fmt.Errorf("no port %s after %s", portName, portPatience)
+}
+
 func accept(listener net.Listener, server *session.Server) {
+	serveEach(server, local, func() connection {
+		for {
+			connection, err := listener.Accept()
+			if err == nil {
+				return connection
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+	})
+}
+
+// serveEach serves what `next` waits for, a few at a time.
+func serveEach(server *session.Server, carrier session.Carrier, next func() connection) {
 	slots := make(chan struct{}, maxConnections)
 	for {
 		slots <- struct{}{}
-		connection, err := listener.Accept()
-		if err != nil {
-			<-slots
-			time.Sleep(100 * time.Millisecond)
-			continue
-		}
+		connection := next()
 		go func() {
 			defer func() { <-slots }()
 			defer connection.Close()
 			_ = connection.SetReadDeadline(time.Now().Add(helloTimeout))
-			_ = server.Serve(connection, connection, false, func() { _ = connection.SetReadDeadline(time.Time{}) })
+			_ = server.Serve(connection, connection, carrier, func() { _ = connection.SetReadDeadline(time.Time{}) })
 		}()
 	}
+}
+
+// serveDevices speaks over what devices this machine has to its host. Without one it is of no use.
+func serveDevices(server *session.Server) {
+	listener, err := carriers.ListenVsock(vsockPort)
+	if err == nil {
+		go serveEach(server, overVM, func() connection { return listener.Accept() })
+		if !carriers.HasPorts("/sys") {
+			return
+		}
+	}
+	port, err := openPort()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "pandastack-guest: no way to the host:", err)
+		boot.PowerOff()
+	}
+	port.WaitForHost()
+	err = server.Serve(port, port, session.Carrier{Trusted: true, Lasting: true, Next: port.WaitForHost}, func() {})
+	fmt.Fprintln(os.Stderr, "pandastack-guest: the port to the host failed:", err)
 }
 
 // resetIgnored gives the default back to ignored signals that Go does not let anybody catch: those of job control, and

@@ -60,7 +60,7 @@ func outcome(detail string, err error) step {
 }
 
 // identitySteps is the order of the steps that come before any code of a user.
-var identitySteps = []string{"entropy", "clock", "hostname", "machine_id", "env", "token"}
+var identitySteps = []string{"entropy", "clock", "hostname", "machine_id", "boot_id", "disk", "env", "token"}
 
 // callIdentity makes this copy of a machine itself. The order matters: no random number may be drawn before the
 // entropy, no time read before the clock, and user code starts only when all is done. A sealed machine with a step that
@@ -106,6 +106,8 @@ func (m *Machine) callIdentity(stream *session.Stream, raw []byte) error {
 	if wanted.MachineID != "" {
 		steps["machine_id"] = outcome("set", overwrite("/etc/machine-id", []byte(wanted.MachineID+"\n")))
 	}
+	steps["boot_id"] = outcome(m.Own.renewBootID())
+	steps["disk"] = outcome(m.Own.grow())
 	environment := map[string]string{}
 	for name, value := range wanted.Env {
 		environment[name] = value

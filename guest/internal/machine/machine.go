@@ -30,6 +30,7 @@ type Machine struct {
 	ListenPort uint16                       // left out of machine.ports; 0 for none
 	EndOthers  func(stream *session.Stream) // ends all sessions but this one's
 	Hooks      string                       // the directory of before-snapshot and after-restore
+	Own        *Own                         // nil where the kernel is not this machine's own
 
 	operation sync.Mutex // one seal, unseal or identity at a time
 

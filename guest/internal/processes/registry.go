@@ -5,6 +5,7 @@ package processes
 import (
 	"crypto/rand"
 	"encoding/hex"
+	"fmt"
 	"os"
 	"regexp"
 	"slices"
@@ -55,6 +56,16 @@ func NewRegistry() *Registry {
 	children := newChildren()
 	return &Registry{children: children, spawner: newSpawner(children), byID: map[string]*Process{},
 		Activity: func(int) {}}
+}
+
+// Confine lets what is started from now on begin in this cgroup.
+func (r *Registry) Confine(cgroup string) error {
+	descriptor, err := syscall.Open(cgroup, syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("%s: %w", cgroup, err)
+	}
+	r.spawner.cgroup = descriptor
+	return nil
 }
 
 // Counts returns the running processes: users', and baked ones.

@@ -34,6 +34,7 @@ type spawnRequest struct {
 type spawner struct {
 	requests chan spawnRequest
 	children *children
+	cgroup   int // in which children begin; 0 for the daemon's own
 }
 
 func newSpawner(children *children) *spawner {
@@ -59,6 +60,9 @@ func (s *spawner) serve() {
 
 func (s *spawner) spawn(request spawnRequest) error {
 	request.result = make(chan error, 1)
+	if s.cgroup != 0 {
+		request.attr.Sys.UseCgroupFD, request.attr.Sys.CgroupFD = true, s.cgroup
+	}
 	s.requests <- request
 	return <-request.result
 }

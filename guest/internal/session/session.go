@@ -47,11 +47,30 @@ type Session struct {
 	displaced bool // ended by EndOthers: its carrier serves the next one
 }
 
-// Serve speaks with whoever is at the other end until the source ends. When `trusted` a token is not asked for and a
-// violation means: scan for the next session; otherwise it means: hang up.
-func (server *Server) Serve(source io.Reader, sink io.Writer, trusted bool, greeted func()) error {
+// Carrier is how a byte stream is treated. Trusted: only the host can be at its other end, so no token is asked for. Lasting:
+// hosts come and go on it, so a violation means to scan for the next session; otherwise it means to hang up. Next: waits for
+// another host where the end of the bytes is only that one has left; nil where it is the end of the carrier.
+type Carrier struct {
+	Trusted, Lasting bool
+	Next             func()
+}
+
+// Serve speaks with whoever is at the other end until the source ends.
+func (server *Server) Serve(source io.Reader, sink io.Writer, carrier Carrier, greeted func()) error {
 	reader := frames.NewReader(source)
+	// The writer outlives hosts, too: what somebody still writes for the last one must not come between frames for the next.
 	out := &writer{sink: sink}
+	for {
+		err := server.sessionsOf(source, reader, out, carrier, greeted)
+		if carrier.Next == nil || err != io.EOF && err != io.ErrUnexpectedEOF {
+			return err
+		}
+		carrier.Next()
+	}
+}
+
+// sessionsOf serves one session after the other until the source ends.
+func (server *Server) sessionsOf(source io.Reader, reader *frames.Reader, out *writer, carrier Carrier, greeted func()) error {
 	scan := true
 	for {
 		if scan {
@@ -68,12 +87,12 @@ func (server *Server) Serve(source io.Reader, sink io.Writer, trusted bool, gree
 			return err
 		}
 		session := &Session{server: server, out: out, tag: hello.Tag, hangUp: func() {}, streams: map[uint32]*Stream{}}
-		if closer, ok := source.(io.Closer); ok && !trusted {
+		if closer, ok := source.(io.Closer); ok && !carrier.Lasting {
 			session.hangUp = func() { _ = closer.Close() }
 		}
-		if fault := server.refuse(hello, trusted); fault != nil {
+		if fault := server.refuse(hello, carrier.Trusted); fault != nil {
 			_ = out.send(session, true, session.opening(frames.Error, fault))
-			if !trusted {
+			if !carrier.Lasting {
 				return fault
 			}
 			scan = true
@@ -90,7 +109,7 @@ func (server *Server) Serve(source io.Reader, sink io.Writer, trusted bool, gree
 		switch {
 		case errors.Is(err, frames.ErrNewSession):
 			scan = false
-		case errors.Is(err, frames.ErrViolation) && trusted:
+		case errors.Is(err, frames.ErrViolation) && carrier.Lasting:
 			scan = true
 		default:
 			return err

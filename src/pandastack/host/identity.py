@@ -19,6 +19,8 @@ IDENTITY_TIMEOUT_S = 10.0  # Without the hook.
 # What a sandbox cannot be without, in the guest's order. A runtime may supply entropy and clock itself; the guest then says
 # so and is ok.
 REQUIRED_STEPS = ("entropy", "clock", "hostname", "machine_id", "env", "token", "hooks", "processes")
+# Unknown to guests in states that were saved by older versions, which had no kernel of their own.
+LATER_STEPS = ("boot_id", "disk")
 MAX_CLOCK_OFFSET_S = 0.5
 
 
@@ -63,7 +65,8 @@ async def confirm(guest: Guest, identity: Identity, *, hook_timeout_s: float = H
         hook_timeout_s=hook_timeout_s,
         timeout_s=IDENTITY_TIMEOUT_S,
     )
-    failed = [name for name in REQUIRED_STEPS if name not in report.steps or not report.steps[name].ok]
+    wanted = [*REQUIRED_STEPS, *(name for name in LATER_STEPS if name in report.steps)]
+    failed = [name for name in wanted if name not in report.steps or not report.steps[name].ok]
     if not failed:
         if report.steps["clock"].detail == "runtime":
             _check_clock(report.offset_ns / 1e9, time.monotonic() - began)

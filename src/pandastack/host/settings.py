@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class HostSettings(BaseSettings):
-    """Sizes are MiB. `cache_dir` holds what can be made again: images, baked states, runsc."""
+    """Sizes are MiB. `cache_dir` holds what can be made again: images, baked states, runsc, guest kernels."""
 
     model_config = SettingsConfigDict(env_prefix="PANDASTACK_", extra="ignore")
 
@@ -21,6 +21,9 @@ class HostSettings(BaseSettings):
     templates_dir: Path | None = Field(default=None, description="a folder of your own templates, beside the shipped ones")
     runtime: Literal["auto", "gvisor"] = "auto"
     runsc: Path | None = Field(default=None, description="the runsc to use instead of the one on PATH or Debian's")
+    kernel: Path | None = Field(
+        default=None, description="a package file (.deb) of Debian's cloud kernel, for microVMs, instead of fetching one"
+    )
     debian_mirror: str | None = None
     ubuntu_mirror: str | None = None
     slots: int = Field(default=4, ge=0, le=256, description="prepared machines kept per template, for the two used last")

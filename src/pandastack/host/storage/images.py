@@ -14,26 +14,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import platform
 import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pandastack.errors import HostUnfit, PandastackError, TemplateError
-from pandastack.host.storage import build, mirrors, recipes
+from pandastack.host.storage import build, locks, mirrors, recipes
 from pandastack.host.storage.build import Progress as Progress
 from pandastack.host.storage.recipes import Recipe
 
 _MIB = 1 << 20
-_LOCK_POLL_S = 0.2
 # An unreachable mirror is asked again after this long; until then a create need not wait for its timeout.
 _UNREACHABLE_S = 600.0
 _FALLBACK_REASONS = ("mirror", "keyring", "network")
@@ -143,7 +141,7 @@ class Images:
             digest = _manifest(folder).get("digest", "")
             if folder.name in wanted or match["name"] in self._unsound_names() or {folder.name, digest, match["name"]} & set(keep):
                 continue
-            with _try_lock(self._folder(".locks") / f"{folder.name}.lock") as held:
+            with locks.attempt(self._folder(".locks") / f"{folder.name}.lock") as held:
                 if held and not _mounts_below(folder):
                     # The rename comes first, so that a half-removed image is never taken for a whole one.
                     trash = self._folder(".building") / folder.name
@@ -218,7 +216,7 @@ class Images:
         build.check_host(self._tools)
         base = await self._ensure(self.recipe(recipe.base), recipe.base, None, progress) if recipe.base else None
         key = self._key(recipe)
-        async with _lock(self._folder(".locks") / f"{key}.lock", lambda: reporter.wait(f"another build of {key} is under way")):
+        async with locks.held(self._folder(".locks") / f"{key}.lock", lambda: reporter.wait(f"another build of {key} is under way")):
             if image := self._read(recipe, requested=requested, note=note):
                 return image
             await asyncio.to_thread(self._clear_leftovers, key)
@@ -275,7 +273,7 @@ class Images:
             if folder.name == mine:
                 _remove_tree(folder)
                 continue
-            with _try_lock(self._folder(".locks") / f"{folder.name}.lock") as held:
+            with locks.attempt(self._folder(".locks") / f"{folder.name}.lock") as held:
                 if held:
                     _remove_tree(folder)
 
@@ -358,30 +356,3 @@ async def _to_the_end(work: Awaitable[None]) -> None:
     except asyncio.CancelledError:
         await asyncio.wait([task])
         raise
-
-
-@contextlib.contextmanager
-def _try_lock(path: Path) -> Iterator[bool]:
-    # Each open file has a lock of its own, so flock also keeps two builds in one process apart. Lock files stay:
-    # removing one while another process waits on it would let two builders in.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.asynccontextmanager
-async def _lock(path: Path, waiting: Callable[[], None]) -> AsyncIterator[None]:
-    while True:
-        with _try_lock(path) as held:
-            if held:
-                yield
-                return
-        waiting()
-        await asyncio.sleep(_LOCK_POLL_S)
