@@ -32,6 +32,11 @@ _FORMAT = "1"  # of saved states: raise it when old ones shall not be used any m
 
 # Joins the cgroup before anything else runs, then becomes what it was told. `0` is the writer itself, in v1 and v2.
 _JOIN = 'while [ "$1" != -- ]; do echo 0 >"$1" || exit 1; shift; done; shift; ulimit -c 0; exec "$@"'
+# Who may open /dev/kvm differs from host to host, and no group shall be needed for it.
+_KVM = (
+    'mount -t tmpfs -o size=64k,mode=755 none "$1" && mknod -m 666 "$1/kvm" c 10 232 && mount --bind "$1/kvm" /dev/kvm && '
+    'shift && exec "$@"'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +146,16 @@ def kernel_arguments(acceleration: Acceleration, tsc_khz: int, processes: int) -
     return f"console=ttyS0 reboot=t panic=-1 quiet {emulated}pandastack.processes={processes}"
 
 
-def confined(argv: Sequence[str], *, joins: Collection[Path], uid: int, groups: Collection[int] = ()) -> list[str]:
-    """Start `argv` inside the cgroups of the files `joins`, in namespaces of its own and as a user who may do nothing."""
-    member = ["--groups", ",".join(map(str, sorted(groups)))] if groups else ["--clear-groups"]
+def confined(argv: Sequence[str], *, joins: Collection[Path], uid: int, kvm: Path | None = None) -> list[str]:
+    """Start `argv` inside the cgroups of the files `joins`, in namespaces of its own and as a user who may do nothing.
+
+    `kvm` is a folder in whose place, seen from there, a device node is made that this user may open.
+    """
     return [
         *("sh", "-c", _JOIN, "sh", *map(str, joins), "--"),
         *("unshare", "--mount", "--ipc", "--uts", "--net", "--"),
-        *("setpriv", "--reuid", str(uid), "--regid", str(uid), *member),
+        *(("sh", "-c", _KVM, "sh", str(kvm)) if kvm is not None else ()),
+        *("setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"),
         *("--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", "--"),
         *argv,
     ]

@@ -116,12 +116,9 @@ class QemuRuntime:
         with self._uids_lock:
             self._uids.pop(machine, None)
 
-    def device_groups(self) -> list[int]:
-        """Who may open /dev/kvm, where that is not everybody."""
-        if self.accelerated == "tcg":
-            return []
-        status = KVM.stat()
-        return [] if status.st_mode & 0o006 == 0o006 else [status.st_gid]
+    def confined(self, argv: list[str], machine: str, cgroup: cgroups.MachineCgroup) -> list[str]:
+        kvm = self.root if self.accelerated == "kvm" else None
+        return command.confined(argv, joins=cgroup.joins(), uid=self.uid(machine), kvm=kvm)
 
     def argv(
         self, size: command.Size, channel_fd: int, control_fd: int, *, disk_fd: int | None = None, boot: command.Boot | None = None
@@ -255,9 +252,8 @@ class QemuRuntime:
             control = inherited.enter_context(launch.listening(self.root / f"{machine}.q"))
             boot = inherited.enter_context(self.booting(theirs.fileno(), 64))
             argv = self.argv(_TRIAL_SIZE, channel.fileno(), control.fileno(), boot=boot)
-            confined = command.confined(argv, joins=cgroup.joins(), uid=self.uid(machine), groups=self.device_groups())
             fds = [channel.fileno(), control.fileno(), boot.vmlinux_fd, boot.initramfs_fd, boot.serial_fd]
-            process = Process.spawn(confined, fds)
+            process = Process.spawn(self.confined(argv, machine, cgroup), fds)
             inherited.close()
             try:
                 timeout_s = _TRIAL_TIMEOUT_S[acceleration]
