@@ -1,8 +1,10 @@
-"""The promises of `host/runtimes/base.py`, over every runtime of this machine: the fake, and gVisor with each runsc there is.
+"""The promises of `host/runtimes/base.py`, over every runtime of this machine: the fake, gVisor with each runsc there is, and QEMU.
 
-gVisor needs root and the image of the template `base`, which is built (minutes) if the cache directory
-(PANDASTACK_TEST_CACHE, else the default one) has none. A newer runsc is named by PANDASTACK_TEST_RUNSC_NEW. After each
-test nothing may be left: no process, cgroup, mount, loop device, state file or descriptor.
+What is real needs root and the image of the template `base`, which is built (minutes) if the cache directory
+(PANDASTACK_TEST_CACHE, else the default one) has none. A newer runsc is named by PANDASTACK_TEST_RUNSC_NEW. QEMU needs a guest
+kernel (fetched if the cache has none), and its files are on an XFS made for the tests, so that copies share blocks; most of its
+machines are restored from one state that is made once, because emulated a boot takes seconds. After each test nothing may be
+left: no process, cgroup, mount, loop device, state file or descriptor.
 """
 
 # ruff: noqa: ASYNC240, S604 - `shell` is a field of ProcessSpec and runs inside a sandbox
@@ -12,35 +14,43 @@ import asyncio
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import stat
 import subprocess
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 
 from hosts import until
 from pandastack.errors import GuestError, HookFailed, HostUnfit, PandastackError, RuntimeFailed
-from pandastack.host import app, identity
+from pandastack.host import app, identity, kernels
 from pandastack.host.guest import Guest, ProcessSpec
 from pandastack.host.keeper import Keeper
 from pandastack.host.runtimes.base import Limits, Machine, MachineId, MachineSpec, Runtime
 from pandastack.host.runtimes.fake import FakeRuntime
 from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
+from pandastack.host.runtimes.qemu.driver import QemuRuntime
+from pandastack.host.storage import space
 from pandastack.host.storage.disks import Disks
-from pandastack.host.storage.images import Images
+from pandastack.host.storage.images import Image, Images
+from pandastack.host.storage.roots import Roots
 from pandastack.wire.guest import Sealed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
+T = TypeVar("T")
+
 CACHE = Path(os.environ.get("PANDASTACK_TEST_CACHE", "/var/cache/pandastack"))
 LIMITS = Limits(cpu=1, memory_mib=256, disk_mib=256)
-NAMES = ["fake", "gvisor", "gvisor-new"]
+NAMES = ["fake", "gvisor", "gvisor-new", "qemu"]
 
 
 def _runsc(name: str) -> Path:
@@ -57,11 +67,21 @@ def _runsc(name: str) -> Path:
     return found[0]
 
 
+def _await(work: Coroutine[Any, Any, T]) -> T:
+    """What a fixture of the session waits for; it may be asked for while a loop runs in this thread."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
+
+
 @pytest.fixture(scope="session")
-def rootfs() -> Path:
+def image() -> Image:
     """The image of `base`; built once."""
     images = Images(CACHE / "images", [app.shipped_templates()])
-    image = images.cached("base") or asyncio.run(images.ensure("base", lambda _: None))
+    return images.cached("base") or _await(images.ensure("base", lambda _: None))
+
+
+@pytest.fixture(scope="session")
+def rootfs(image: Image) -> Path:
     return image.rootfs
 
 
@@ -71,6 +91,89 @@ def guest_directory() -> Path:
         return app.guest_directory(CACHE / "guest")[0]
     except HostUnfit as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def kernel(guest_directory: Path) -> kernels.Kernel:
+    try:
+        return _await(kernels.ensure(CACHE / "kernels", guest_directory, debian_mirror=None, say=print))
+    except HostUnfit as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def xfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file system on which copies share blocks."""
+    file = tmp_path_factory.mktemp("xfs") / "file"
+    folder = Path("/tmp") / f"px-{secrets.token_hex(3)}"
+    with file.open("wb") as empty:
+        empty.truncate(8 << 30)
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(file)], check=True)
+    folder.mkdir()
+    subprocess.run(["mount", "-o", "loop", str(file), str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+    folder.rmdir()
+    file.unlink()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microvms:
+    """What machines of QEMU are made of. `template` is a saved state of a machine with `LIMITS`; `verdicts` what a probe found."""
+
+    binary: Path
+    kernel: kernels.Kernel
+    root: Path
+    template: Path
+    verdicts: Path
+
+    def runtime(self, root: Path, group: str) -> QemuRuntime:
+        root.mkdir(mode=0o700)
+        shutil.copytree(self.verdicts, root / "cache")
+        return _qemu(self.binary, self.kernel, root, group)
+
+
+def _qemu(binary: Path, kernel: kernels.Kernel, root: Path, group: str) -> QemuRuntime:
+    return QemuRuntime(
+        binary, vmlinux=kernel.vmlinux, initramfs=kernel.initramfs, digest=kernel.digest, root=root, group=group, clone=space.clone
+    )
+
+
+@pytest.fixture(scope="session")
+def microvms(kernel: kernels.Kernel, guest_directory: Path, image: Image, xfs: Path) -> Microvms:
+    folder = xfs / "template"
+    for name in ("machine", "disk", "saved"):
+        (folder / name).mkdir(parents=True)
+    binary = _qemu_binary()
+
+    async def make() -> Path:
+        root = await Roots(xfs / "roots").ensure(image)
+        runtime = _qemu(binary, kernel, folder / "q", f"pandastack-test-{xfs.name}")
+        probe = await runtime.probe()
+        assert probe.works, f"{probe.reason} {probe.hint}"
+        spec = MachineSpec(
+            id=MachineId("template"), rootfs=root, guest=guest_directory, disk=folder / "disk", state=folder / "machine", limits=LIMITS
+        )
+        machine = await runtime.prepare(spec)
+        try:
+            await machine.start()
+            guest = await Guest.open(await machine.connect(), timeout_s=30)
+            assert await say(guest, "echo hi") == ("hi\n", 0)
+            await guest.close()
+            await machine.snapshot(folder / "saved", resume=False)
+        finally:
+            await machine.stop()
+        return root
+
+    root = _await(make())
+    return Microvms(binary=binary, kernel=kernel, root=root, template=folder / "saved", verdicts=folder / "q" / "cache")
+
+
+def _qemu_binary() -> Path:
+    found = shutil.which("qemu-system-x86_64")
+    if os.geteuid() != 0 or found is None or shutil.which("mkfs.xfs") is None:
+        pytest.skip("microVMs need root, qemu-system-x86 and xfsprogs")
+    return Path(found)
 
 
 @dataclass
@@ -85,12 +188,18 @@ class Bench:
     disks: Disks | None
     keeper: Keeper | None
     group: str
+    microvms: Microvms | None = None
     made: list[Machine] = field(default_factory=list)
     forgotten: set[str] = field(default_factory=set)
 
     @property
     def real(self) -> bool:
-        return self.disks is not None
+        return self.name != "fake"
+
+    @property
+    def run(self) -> Path:
+        """Where the runtime has its sockets and records."""
+        return self.root / "run"
 
     async def spec(self, limits: Limits = LIMITS) -> MachineSpec:
         machine = MachineId("m" + secrets.token_hex(8))
@@ -117,9 +226,13 @@ class Bench:
             await guest.close()
 
     @asynccontextmanager
-    async def started(self, limits: Limits = LIMITS) -> AsyncIterator[tuple[Machine, Guest]]:
+    async def started(self, limits: Limits = LIMITS, *, cold: bool = False) -> AsyncIterator[tuple[Machine, Guest]]:
+        """A running machine. Unless it must be a `cold` start, one of QEMU goes on from where the template was saved."""
         machine = await self.prepared(limits)
-        await machine.start()
+        if self.microvms is not None and not cold:
+            await machine.restore(self.microvms.template)
+        else:
+            await machine.start()
         async with self.guest_of(machine) as guest:
             yield machine, guest
 
@@ -128,6 +241,8 @@ class Bench:
             self.runtime.machines[machine.spec.id].end(reason)  # type: ignore[arg-type]
         elif reason == "oom":
             await guest.start(ProcessSpec(shell="tail /dev/zero"))
+        elif self.microvms is not None:
+            await guest.start(ProcessSpec(shell="echo c >/proc/sysrq-trigger"))  # Its kernel panics.
         else:
             os.kill((await machine.usage()).pid, signal.SIGKILL)
 
@@ -143,7 +258,7 @@ class Bench:
         cgroups = {str(path) for path in Path("/sys/fs/cgroup").glob(f"{self.group}*")}
         cgroups |= {str(path) for path in Path("/sys/fs/cgroup").glob(f"*/{self.group}*")}
         mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(self.root) in line]
-        loops = subprocess.run(["losetup", "-a"], capture_output=True, text=True, check=False).stdout.splitlines() if self.real else []
+        loops = subprocess.run(["losetup", "-a"], capture_output=True, text=True, check=False).stdout.splitlines() if self.disks else []
         processes = []
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             try:
@@ -152,7 +267,7 @@ class Bench:
                 continue
             if str(self.root) in words and "keeper" not in words:
                 processes.append(words[:200])
-        files = [str(path) for path in (self.root / "gv").glob("*")]
+        files = [str(path) for path in self.run.glob("*") if path.name != "cache"]
         # The folders of machines that were swept are cleared by whoever made them (`Machines.sweep`).
         marks = [str(path) for path in (self.root / "machines").glob("*/*machine*") if path.parent.name not in self.forgotten]
         found = {
@@ -177,16 +292,21 @@ def short() -> Iterator[Path]:
 @pytest.fixture(params=NAMES)
 async def bench(request: pytest.FixtureRequest, short: Path, no_leaks: None) -> AsyncIterator[Bench]:
     """A runtime that was probed; after the test its machines are stopped and nothing may be left of them."""
-    (short / "machines").mkdir()
     group = f"pandastack-test-{short.name}"
     if request.param == "fake":
         made = Bench("fake", FakeRuntime(), short, short, short, None, None, group)
+    elif request.param == "qemu":
+        guest, microvms = request.getfixturevalue("guest_directory"), request.getfixturevalue("microvms")
+        root = request.getfixturevalue("xfs") / short.name
+        runtime = microvms.runtime(_made(root) / "run", group)
+        made = Bench("qemu", runtime, root, microvms.root, guest, None, None, group, microvms)
     else:
         runsc = _runsc(request.param)
         guest, rootfs = request.getfixturevalue("guest_directory"), request.getfixturevalue("rootfs")
         keeper = Keeper(short / "k" / "keeper.sock")
-        runtime = GvisorRuntime(runsc, root=short / "gv", group=group, guest=guest, keeper=keeper)
-        made = Bench(request.param, runtime, short, rootfs, guest, Disks(short / "disks", low_water_mib=0), keeper, group)
+        gvisor = GvisorRuntime(runsc, root=short / "run", group=group, guest=guest, keeper=keeper)
+        made = Bench(request.param, gvisor, short, rootfs, guest, Disks(short / "disks", low_water_mib=0), keeper, group)
+    _made(made.root / "machines")
     probe = await made.runtime.probe()
     assert probe.works, f"{probe.reason} {probe.hint}"
     assert made.left() == {}, "the probe left something"
@@ -205,6 +325,13 @@ async def bench(request: pytest.FixtureRequest, short: Path, no_leaks: None) -> 
         made.keeper.retain(set())
         made.keeper.close()
         await until(lambda: not (short / "k").exists())
+    if made.root != short:
+        await asyncio.to_thread(shutil.rmtree, made.root)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 async def say(guest: Guest, shell: str) -> tuple[str, int]:
@@ -225,18 +352,22 @@ async def test_a_probe_names_version_and_key(bench: Bench) -> None:
 
 
 async def test_a_started_machine_has_a_guest_that_answers(bench: Bench) -> None:
-    async with bench.started() as (_, guest):
+    async with bench.started(cold=True) as (_, guest):
         assert not (await guest.health()).sealed
         assert await say(guest, "echo hi; exit 3") == ("hi\n", 3)
 
 
 async def test_what_is_written_stays_inside(bench: Bench) -> None:
+    before = bench.rootfs.stat().st_mtime_ns
     async with bench.started() as (one, guest):
         await guest.write_file("/root/secret", b"x" * 1000)
         async with bench.started() as (_, other):
             with pytest.raises(FileNotFoundError):
                 await other.stat("/root/secret")
-        assert not (one.spec.rootfs / "root/secret").exists()
+        if one.spec.rootfs.is_dir():
+            assert not (one.spec.rootfs / "root/secret").exists()
+        else:
+            assert one.spec.rootfs.stat().st_mtime_ns == before
 
 
 async def test_a_machine_stopped_before_it_started_leaves_nothing(bench: Bench) -> None:
@@ -276,7 +407,7 @@ async def test_a_prepare_that_is_cancelled_leaves_nothing(bench: Bench, after_s:
 async def test_a_restored_machine_goes_on_where_the_saved_one_was(bench: Bench) -> None:
     into = bench.root / "saved"
     into.mkdir()
-    async with bench.started() as (machine, guest):
+    async with bench.started(cold=True) as (machine, guest):
         await guest.write_file("/root/file", b"content")
         await guest.start(ProcessSpec(shell="echo before; cat", stdin=True, id="p"))
         await asyncio.sleep(0.3)
@@ -432,6 +563,22 @@ async def test_a_saved_state_that_is_none_is_refused(bench: Bench) -> None:
     again = await bench.prepared()
     with pytest.raises(RuntimeFailed):
         await again.restore(into)
+    if bench.microvms is not None:
+        for name in ("machine.json", "mem", "disk"):
+            space.clone(bench.microvms.template / name, into / name)
+        third = await bench.prepared()
+        with pytest.raises(RuntimeFailed) as refused:
+            await third.restore(into)
+        assert "cannot be restored" in refused.value.message
+
+
+async def test_a_state_of_another_size_is_refused(bench: Bench) -> None:
+    if bench.microvms is None:
+        pytest.skip("its states fit machines of any size")
+    machine = await bench.prepared(Limits(cpu=1, memory_mib=128, disk_mib=256))
+    with pytest.raises(RuntimeFailed) as refused:
+        await machine.restore(bench.microvms.template)
+    assert "another memory_mib" in refused.value.message
 
 
 async def test_a_frozen_machine_uses_no_cpu_and_answers_when_thawed(bench: Bench) -> None:
@@ -472,7 +619,12 @@ async def test_usage_is_of_this_machine_and_only_grows(bench: Bench) -> None:
 
 
 async def test_memory_share_follows_what_is_used(bench: Bench) -> None:
-    async with bench.started(Limits(cpu=1, memory_mib=256, disk_mib=256)) as (machine, guest):
+    async with bench.started() as (machine, guest):
+        if bench.runtime.capabilities.own_kernel:
+            # Its kernel ends whoever needs too much: using memory brings the machine no nearer to its end.
+            await bench.use_memory(machine, guest, 128 << 20)
+            assert machine.memory_share() == 0
+            return
         before = machine.memory_share()
         assert 0 < before < 0.5
         await bench.use_memory(machine, guest, 128 << 20)
@@ -481,7 +633,9 @@ async def test_memory_share_follows_what_is_used(bench: Bench) -> None:
 
 @pytest.mark.parametrize("reason", ["oom", "exited"])
 async def test_the_end_of_a_machine_says_why(bench: Bench, reason: str) -> None:
-    async with bench.started(Limits(cpu=1, memory_mib=128, disk_mib=256)) as (machine, guest):
+    if reason == "oom" and bench.runtime.capabilities.own_kernel:
+        pytest.skip("such a machine outlives it: see the next test")
+    async with bench.started() as (machine, guest):
         ended = asyncio.create_task(machine.ended())
         cancelled = asyncio.create_task(machine.ended())
         await asyncio.sleep(0.05)
@@ -495,6 +649,19 @@ async def test_the_end_of_a_machine_says_why(bench: Bench, reason: str) -> None:
         assert machine.over
         async with asyncio.timeout(10):
             await guest.ended()
+
+
+async def test_who_needs_too_much_memory_is_ended_and_a_machine_with_a_kernel_lives(bench: Bench) -> None:
+    if not bench.runtime.capabilities.own_kernel:
+        pytest.skip("the host ends such a machine: see the test before")
+    async with bench.started() as (machine, guest):
+        await guest.start(ProcessSpec(argv=["sleep", "300"], id="other"))
+        await guest.start(ProcessSpec(argv=["tail", "/dev/zero"], id="hog"))
+        end = await guest.wait("hog", timeout_s=120)
+        assert end.signal == signal.SIGKILL
+        assert await say(guest, "echo on") == ("on\n", 0)
+        assert [one.running for one in await guest.list_processes() if one.id == "other"] == [True]
+        assert not machine.over
 
 
 async def test_a_stopped_machine_says_so(bench: Bench) -> None:
@@ -531,6 +698,8 @@ def reborn(bench: Bench) -> Runtime:
         old.keeper.close()  # type: ignore[attr-defined]
         old.keeper = keeper
         return GvisorRuntime(old.runsc, root=old.root, group=bench.group, guest=bench.guest, keeper=keeper)
+    if bench.microvms is not None:
+        return _qemu(bench.microvms.binary, bench.microvms.kernel, bench.run, bench.group)
     return bench.runtime
 
 
@@ -539,11 +708,7 @@ def forget(bench: Bench, machine: Machine) -> None:
     bench.made.remove(machine)
     bench.forgotten.add(machine.spec.id)
     if bench.real:
-        for end in machine.stdio or ():  # type: ignore[attr-defined]
-            end.close()
-        for fd in machine._pidfds:  # type: ignore[attr-defined]
-            os.close(fd)
-        machine._pidfds, machine.stdio = [], None  # type: ignore[attr-defined]
+        machine.let_go()
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["awake", "frozen"])
@@ -589,14 +754,14 @@ async def test_a_sweep_removes_all_but_what_is_kept(bench: Bench) -> None:
 
 
 async def test_a_sweep_touches_no_other_install(bench: Bench) -> None:
-    if bench.real:
-        assert isinstance(bench.runtime, GvisorRuntime)
+    other: Runtime = FakeRuntime()
+    if isinstance(bench.runtime, GvisorRuntime):
         other = GvisorRuntime(
             bench.runtime.runsc, root=bench.root / "other", group=f"{bench.group}-2", guest=bench.guest, keeper=bench.runtime.keeper
         )
-        await other.probe()
-    else:
-        other = FakeRuntime()  # type: ignore[assignment]
+    elif bench.microvms is not None:
+        other = bench.microvms.runtime(bench.root / "other", f"{bench.group}-2")
+    await other.probe()
     async with bench.started() as (_, guest):
         assert await other.sweep([]) == []
         assert await say(guest, "echo hi") == ("hi\n", 0)
@@ -617,7 +782,7 @@ async def test_limits_hold(bench: Bench) -> None:
 
 async def test_a_dead_keeper_costs_the_adoption_and_nothing_else(bench: Bench) -> None:
     if bench.keeper is None:
-        pytest.skip("the fake needs no keeper")
+        pytest.skip("its machines need no keeper")
     async with bench.started() as (machine, guest):
         (pid,) = [int(entry.parent.name) for entry in Path("/proc").glob("[0-9]*/cmdline") if _is_keeper(entry, bench.root)]
         os.kill(pid, signal.SIGKILL)
@@ -638,7 +803,7 @@ def _is_keeper(cmdline: Path, root: Path) -> bool:
     return b"keeper.py" in words and os.fsencode(root) in words
 
 
-class TestProbe:
+class TestGvisorProbe:
     """A runsc that is no good is refused with a reason a person can act on."""
 
     @pytest.fixture
@@ -730,3 +895,59 @@ def _sockets() -> set[str]:
         with contextlib.suppress(OSError):
             found.add(str(fd.readlink()))
     return {what for what in found if what.startswith("socket:")}
+
+
+class TestQemuProbe:
+    """A QEMU or a kernel that is no good is refused with a reason a person can act on."""
+
+    @pytest.fixture
+    def probe(self, short: Path, no_leaks: None) -> object:
+        if os.geteuid() != 0:
+            pytest.skip("cgroups need root")
+        group = f"pandastack-test-{short.name}"
+
+        async def of(binary: str | None, kernel: bytes | None = None) -> tuple[bool, str, str]:
+            path = Path(binary) if binary and binary.startswith("/") else short / "qemu"
+            if binary is not None and path.parent == short:
+                path.write_text(binary)
+                path.chmod(path.stat().st_mode | stat.S_IXUSR)
+            if kernel is not None:
+                (short / "kernel").write_bytes(kernel)
+            runtime = QemuRuntime(
+                path, vmlinux=short / "kernel", initramfs=short / "kernel", digest="0", root=short / "q", group=group, clone=space.clone,
+                accelerator="tcg",
+            )  # fmt: skip
+            probe = await runtime.probe()
+            assert not list(Path("/sys/fs/cgroup").glob(f"*/{group}*"))
+            return probe.works, probe.reason or "", probe.hint or ""
+
+        return of
+
+    async def test_one_that_is_not_there(self, probe: object) -> None:
+        works, reason, hint = await probe(None)  # type: ignore[operator]
+        assert not works
+        assert "cannot be started" in reason
+        assert "qemu-system-x86" in hint
+
+    async def test_one_that_is_too_old(self, probe: object) -> None:
+        works, reason, hint = await probe("#!/bin/sh\necho 'QEMU emulator version 6.2.0 (Old 1:6.2)'\n")  # type: ignore[operator]
+        assert not works
+        assert "6.2.0 (Old 1:6.2) is too old" in reason
+        assert "7.2" in hint
+
+    async def test_one_that_is_something_else(self, probe: object) -> None:
+        works, reason, _ = await probe("#!/bin/sh\necho something else\n")  # type: ignore[operator]
+        assert not works
+        assert "no QEMU" in reason
+
+    async def test_a_kernel_that_is_not_there(self, probe: object) -> None:
+        works, reason, hint = await probe(str(_qemu_binary()))  # type: ignore[operator]
+        assert not works
+        assert "cannot be used" in reason
+        assert "setup" in hint
+
+    async def test_a_kernel_that_is_none(self, probe: object) -> None:
+        works, reason, _ = await probe(str(_qemu_binary()), b"garbage" * 1000)  # type: ignore[operator]
+        assert not works
+        assert "does not boot with tcg" in reason
+        assert "linux kernel" in reason.lower() or "kernel" in reason.split("tcg:")[1], "QEMU's own last words are in it"

@@ -154,6 +154,10 @@ class MachineCgroup:
             found |= {int(pid) for pid in _read(self._dir("pids") / "cgroup.procs").split()}
         return sorted(found)
 
+    def joins(self) -> list[Path]:
+        """The files through which a process becomes a member, by writing 0 into each."""
+        return list(dict.fromkeys(self._dir(name) / "cgroup.procs" for name in (*_NEEDED, "cpuacct")))
+
     def remove(self) -> None:
         """Kill whatever is still inside and remove the cgroup. Idempotent. Raises RuntimeFailed when the kernel keeps it."""
         deadline = time.monotonic() + _REMOVE_DEADLINE_S

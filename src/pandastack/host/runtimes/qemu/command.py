@@ -1,0 +1,173 @@
+"""The QEMU command lines, as pure functions: same input, same words, easy to test.
+
+Devices, their order, CPUs and memory must be the same where a state is saved and where it is restored. So there is one
+machine here, and `template` names it: it is part of the key under which saved states are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pandastack.host.runtimes.base import Limits
+
+Acceleration = Literal["kvm", "tcg"]
+
+OLDEST_VERSION = (7, 2)
+# QEMU calls the memory by this name, the disk by that one, and the port of the guest daemon by the third.
+MEMORY, DISK, PORT = "ram0", "d0", "port0"
+CHANNEL = "c0"
+# What QEMU itself needs beside the guest's memory: its heap and stacks, and under TCG the translated code.
+OVERHEAD_MIB = {"kvm": 96, "tcg": 160}
+TRANSLATED_MIB = 32
+# vCPUs, threads that wait for the disk, and a handful of QEMU's own.
+TASKS = 128
+_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+_FORMAT = "1"  # of saved states: raise it when old ones shall not be used any more
+
+# Joins the cgroup before anything else runs, then becomes what it was told. `0` is the writer itself, in v1 and v2.
+_JOIN = 'while [ "$1" != -- ]; do echo 0 >"$1" || exit 1; shift; done; shift; ulimit -c 0; exec "$@"'
+# Who may open /dev/kvm differs from host to host, and no group shall be needed for it.
+_KVM = (
+    'mount -t tmpfs -o size=64k,mode=755 none "$1" && mknod -m 666 "$1/kvm" c 10 232 && mount --bind "$1/kvm" /dev/kvm && '
+    'shift && exec "$@"'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What a saved state fits: whole CPUs and MiB of memory."""
+
+    cpus: int
+    memory_mib: int
+
+    @classmethod
+    def of(cls, limits: Limits) -> Size:
+        """A part of a CPU is a whole one for the guest; its cgroup holds the limit."""
+        return cls(cpus=max(1, math.ceil(limits.cpu)), memory_mib=limits.memory_mib)
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory_mib << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boot:
+    """What a cold start needs. Descriptors of the kernel, the initramfs and the serial console (a connected socket)."""
+
+    vmlinux_fd: int
+    initramfs_fd: int
+    serial_fd: int
+    arguments: str
+
+
+def qemu(
+    binary: Path,
+    acceleration: Acceleration,
+    size: Size,
+    *,
+    channel_fd: int,
+    control_fd: int,
+    disk_fd: int | None = None,
+    boot: Boot | None = None,
+) -> list[str]:
+    """The machine. Without `boot` it waits for a saved state; without `disk_fd` its disk holds 1 MiB of nothing.
+
+    `channel_fd` and `control_fd` are listening sockets. All files are descriptors that QEMU inherits, so that its user needs no
+    right to any path.
+    """
+    accelerator = "kvm" if acceleration == "kvm" else f"tcg,thread={'single' if size.cpus == 1 else 'multi'},tb-size={TRANSLATED_MIB}"
+    words = [
+        str(binary),
+        *("-M", f"microvm,acpi=on,rtc=on,suppress-vmdesc=on,memory-backend={MEMORY}"),
+        *("-accel", accelerator),
+        *("-cpu", "host" if acceleration == "kvm" else "max"),
+        *("-m", f"{size.memory_mib}M"),
+        *("-smp", str(size.cpus)),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-sandbox", _SANDBOX),
+        *("-global", "migration.send-configuration=off"),
+        # Anonymous memory, also for a restore: the driver lays the saved memory over it, see `mapping`.
+        *("-object", f"memory-backend-ram,id={MEMORY},size={size.memory_mib}M"),
+        *("-chardev", f"socket,id={CHANNEL},fd={channel_fd},server=on,wait=off"),
+        *("-device", "virtio-serial-device"),
+        *("-device", f"virtserialport,chardev={CHANNEL},name=pandastack,id={PORT}"),
+        *_disk(disk_fd),
+        *("-device", f"virtio-blk-device,drive={DISK}"),
+        *("-object", "rng-builtin,id=r0", "-device", "virtio-rng-device,rng=r0"),
+        *("-chardev", f"socket,id=q0,fd={control_fd},server=on,wait=off"),
+        *("-mon", "chardev=q0,mode=control"),
+    ]
+    if boot is None:
+        return [*words, "-serial", "null", "-incoming", "defer"]
+    return [
+        *words,
+        *("-chardev", f"socket,id=s0,fd={boot.serial_fd}", "-serial", "chardev:s0"),
+        *("-kernel", f"/proc/self/fd/{boot.vmlinux_fd}", "-initrd", f"/proc/self/fd/{boot.initramfs_fd}"),
+        *("-append", boot.arguments),
+    ]
+
+
+def _disk(fd: int | None) -> list[str]:
+    if fd is None:
+        return [
+            "-blockdev",
+            f"driver=null-co,node-name=f0,size={1 << 20},read-zeroes=on",
+            "-blockdev",
+            f"driver=raw,node-name={DISK},file=f0",
+        ]
+    return [
+        *("-add-fd", f"fd={fd},set=1"),
+        *("-blockdev", ",".join(f"{name}={value}" for name, value in file_node("f0", 1).items())),
+        *("-blockdev", f"driver=raw,node-name={DISK},discard=unmap,file=f0"),
+    ]
+
+
+def file_node(name: str, fd_set: int) -> dict[str, str]:
+    """The lower half of the disk, as words or for `blockdev-add`.
+
+    A machine does not outlive its host, so there is nothing that a flush could save.
+    """
+    return {"driver": "file", "node-name": name, "filename": f"/dev/fdset/{fd_set}", "discard": "unmap", "locking": "off"}
+
+
+def kernel_arguments(acceleration: Acceleration, tsc_khz: int, processes: int) -> str:
+    """The guest kernel's command line.
+
+    Emulated code is as slow without mitigations as with them, and nothing speculates, so they are off there. A kernel under TCG
+    would measure its clock against an emulated timer, and hang where the host is busy: it is told.
+    """
+    emulated = f"nokaslr mitigations=off tsc_early_khz={tsc_khz} " if acceleration == "tcg" else ""
+    return f"console=ttyS0 reboot=t panic=-1 quiet {emulated}pandastack.processes={processes}"
+
+
+def confined(argv: Sequence[str], *, joins: Collection[Path], uid: int, kvm: Path | None = None) -> list[str]:
+    """Start `argv` inside the cgroups of the files `joins`, in namespaces of its own and as a user who may do nothing.
+
+    `kvm` is a folder in whose place, seen from there, a device node is made that this user may open.
+    """
+    return [
+        *("sh", "-c", _JOIN, "sh", *map(str, joins), "--"),
+        *("unshare", "--mount", "--ipc", "--uts", "--net", "--"),
+        *(("sh", "-c", _KVM, "sh", str(kvm)) if kvm is not None else ()),
+        *("setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"),
+        *("--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", "--"),
+        *argv,
+    ]
+
+
+def template(acceleration: Acceleration) -> str:
+    """The hash of all that is the same for every machine; states do not fit another one."""
+    words = qemu(Path("qemu"), acceleration, Size(cpus=1, memory_mib=1), channel_fd=0, control_fd=0, disk_fd=0)
+    return hashlib.sha256("\n".join((_FORMAT, *words, kernel_arguments(acceleration, 0, 0))).encode()).hexdigest()
+
+
+def version(text: str) -> tuple[str, tuple[int, int]] | None:
+    """From the output of `--version`: all of it that tells builds apart, and major and minor."""
+    found = re.search(r"QEMU emulator version ((\d+)\.(\d+)[^\n]*)", text)
+    return (found[1].strip(), (int(found[2]), int(found[3]))) if found else None

@@ -1,0 +1,329 @@
+"""Drives QEMU: one process for each machine, that nobody but this host speaks with.
+
+prepare: cgroup, a confined QEMU that waits for a state. restore: disk, memory, device state over QMP. start: another QEMU that boots.
+stop: kill the cgroup, remove files. Machines outlive this daemon without help: their sockets are paths below `root`.
+Probing boots the guest kernel, with KVM if there is any, to see what works; the answer is kept for as long as this host is up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import socket
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pandastack.errors import HostUnfit, RuntimeFailed
+from pandastack.host.runtimes import cgroups
+from pandastack.host.runtimes.base import Capabilities, Limits, MachineId, MachineSpec, Probe
+from pandastack.host.runtimes.qemu import capture, command, launch
+from pandastack.host.runtimes.qemu.command import Acceleration
+from pandastack.host.runtimes.qemu.launch import Process
+from pandastack.host.runtimes.qemu.machine import QemuMachine, to_the_end
+
+KVM = Path("/dev/kvm")
+_UIDS, _FIRST_UID = 0x0FFF_FFFF, 0x7000_0000
+_ASK_TIMEOUT_S = 20.0
+# A kernel on real KVM is in user space after a third of a second.
+_TRIAL_TIMEOUT_S = {"kvm": 5.0, "tcg": 90.0}
+_TRIAL_SIZE = command.Size(cpus=1, memory_mib=128)
+# What the guest daemon says where a machine has no root file system. Then kernel, modules, disk and user space work.
+_ARRIVED = "this machine cannot start: root file system"
+_REMEDY = "install QEMU 7.2 or newer (apt install qemu-system-x86), or use gVisor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What booting showed. `why` says why not, or why it is not KVM."""
+
+    acceleration: Acceleration | None
+    why: str | None = None
+
+
+class QemuRuntime:
+    """See `base.Runtime`. `root` must be short (a socket path is at most 107 bytes) and private to this install.
+
+    `vmlinux`, `initramfs` and `digest` are those of a guest kernel as `host.kernels` makes it. `group` is the parent of the machines'
+    cgroups and of no others. `clone` makes a new file with the content of another one, sharing its blocks where it can.
+    """
+
+    name = "qemu"
+    isolation = "microvm"
+    capabilities = Capabilities(snapshot=True, fork_memory=True, own_kernel=True, fixed_size=True, image=True)
+
+    def __init__(
+        self,
+        binary: Path,
+        *,
+        vmlinux: Path,
+        initramfs: Path,
+        digest: str,
+        root: Path,
+        group: str,
+        clone: Callable[[Path, Path], None],
+        accelerator: Literal["auto", "kvm", "tcg"] = "auto",
+    ) -> None:
+        self.acceleration: str | None = None
+        self.version = ""
+        self.key = ""
+        self.root = root
+        self.clone = clone
+        self.arenas = capture.Arenas()
+        self._binary = binary
+        self._vmlinux, self._initramfs, self._digest = vmlinux, initramfs, digest
+        self._group = group
+        self._accelerator = accelerator
+        self._hierarchy: cgroups.Hierarchy | None = None
+        self._tsc_khz = 0
+        self._uids: dict[str, int] = {}
+        self._uids_lock = threading.Lock()
+
+    @property
+    def accelerated(self) -> Acceleration:
+        if self.acceleration == "kvm":
+            return "kvm"
+        if self.acceleration == "tcg":
+            return "tcg"
+        raise RuntimeFailed("QEMU was used before it was probed")
+
+    def cgroup(self, machine: str) -> cgroups.MachineCgroup:
+        if self._hierarchy is None:
+            self._hierarchy = cgroups.detect()
+        return cgroups.MachineCgroup(self._hierarchy, self._group, machine)
+
+    def uid(self, machine: str) -> int:
+        """A user of this machine alone, without a name; the same one each time, unless two of this runtime's would be equal."""
+        with self._uids_lock:
+            if machine not in self._uids:
+                number = int.from_bytes(hashlib.sha256(machine.encode()).digest()[:4])
+                taken = set(self._uids.values())
+                while (uid := _FIRST_UID + (number & _UIDS)) in taken:
+                    number += 1
+                self._uids[machine] = uid
+            return self._uids[machine]
+
+    def forget(self, machine: str) -> None:
+        """Its user may be another machine's from now on."""
+        with self._uids_lock:
+            self._uids.pop(machine, None)
+
+    def confined(self, argv: list[str], machine: str, cgroup: cgroups.MachineCgroup) -> list[str]:
+        kvm = self.root if self.accelerated == "kvm" else None
+        return command.confined(argv, joins=cgroup.joins(), uid=self.uid(machine), kvm=kvm)
+
+    def argv(
+        self, size: command.Size, channel_fd: int, control_fd: int, *, disk_fd: int | None = None, boot: command.Boot | None = None
+    ) -> list[str]:
+        return command.qemu(
+            self._binary,
+            self.accelerated,
+            size,
+            channel_fd=channel_fd,
+            control_fd=control_fd,
+            disk_fd=disk_fd,
+            boot=boot,
+        )
+
+    @contextmanager
+    def booting(self, serial_fd: int, processes: int) -> Iterator[command.Boot]:
+        """The kernel as descriptors, which QEMU must inherit while this is open."""
+        with self._vmlinux.open("rb") as vmlinux, self._initramfs.open("rb") as initramfs:
+            yield command.Boot(
+                vmlinux_fd=vmlinux.fileno(),
+                initramfs_fd=initramfs.fileno(),
+                serial_fd=serial_fd,
+                arguments=command.kernel_arguments(self.accelerated, self._tsc_khz, processes),
+            )
+
+    # Probing.
+
+    async def probe(self) -> Probe:
+        """Boot the guest kernel. Seconds the first time since this host is up. `reason` also says why there is no KVM."""
+        try:
+            self.version, number = await self._version()
+            if number < command.OLDEST_VERSION:
+                return Probe(works=False, version=self.version, reason=f"QEMU {self.version} is too old", hint=_REMEDY)
+            verdict = await asyncio.to_thread(self._judge)
+        except (RuntimeFailed, HostUnfit) as error:
+            return Probe(works=False, reason=error.message, hint=error.hint or error.fields.get("detail"))
+        except OSError as error:
+            return Probe(
+                works=False, reason=f"the guest kernel or the run directory cannot be used ({error})", hint="run `pandastack setup`"
+            )
+        if verdict.acceleration is None:
+            return Probe(works=False, version=self.version, reason=verdict.why, hint=_REMEDY)
+        self.acceleration = verdict.acceleration
+        tied_to = _cpu() if verdict.acceleration == "kvm" else str(self._tsc_khz)
+        parts = (self.version, self._digest, command.template(verdict.acceleration), verdict.acceleration, tied_to)
+        self.key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return Probe(works=True, version=self.version, key=self.key, reason=verdict.why)
+
+    async def _version(self) -> tuple[str, tuple[int, int]]:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                self._binary,
+                "--version",
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        except OSError as error:
+            raise HostUnfit(f"QEMU cannot be started ({error.strerror})", hint=_REMEDY) from error
+        try:
+            async with asyncio.timeout(_ASK_TIMEOUT_S):
+                output, _ = await process.communicate()
+        except TimeoutError as error:
+            raise HostUnfit(f"{self._binary} --version does not end", hint=_REMEDY) from error
+        finally:
+            if process.returncode is None:
+                process.kill()
+        found = command.version(output.decode("utf-8", "replace"))
+        if found is None:
+            raise HostUnfit(f"{self._binary} is no QEMU that could be used", hint=_REMEDY)
+        return found
+
+    def _judge(self) -> Verdict:
+        """The verdict of an earlier probe if nothing changed, else a new one."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._tsc_khz = _tsc_khz()
+        identity = [launch.boot_id(), self.version, str(self._binary.stat().st_mtime_ns), self._digest, self._accelerator]
+        identity += [command.template("kvm"), command.template("tcg")]
+        kept = self.root / "cache" / f"{hashlib.sha256(chr(10).join(identity).encode()).hexdigest()[:32]}.json"
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            verdict = Verdict(**json.loads(kept.read_text()))
+            if verdict.acceleration in ("kvm", "tcg"):
+                return verdict
+        verdict = self._try_all()
+        if verdict.acceleration is not None:
+            kept.parent.mkdir(mode=0o700, exist_ok=True)
+            for old in kept.parent.glob("*.json"):
+                old.unlink(missing_ok=True)
+            new = kept.with_suffix(".new")
+            new.write_text(json.dumps({"acceleration": verdict.acceleration, "why": verdict.why}))
+            new.replace(kept)
+        return verdict
+
+    def _try_all(self) -> Verdict:
+        reasons = []
+        wanted: list[Acceleration] = ["kvm", "tcg"] if self._accelerator == "auto" else [self._accelerator]
+        for acceleration in wanted:
+            if acceleration == "kvm" and not KVM.exists():
+                reasons.append(f"there is no {KVM}")
+                continue
+            why = self._trial(acceleration)
+            if why is None:
+                return Verdict(acceleration=acceleration, why="; ".join(reasons) or None)
+            reasons.append(f"a guest kernel does not boot with {acceleration}: {why}")
+        return Verdict(acceleration=None, why="; ".join(reasons))
+
+    def _trial(self, acceleration: Acceleration) -> str | None:
+        """Boot to the guest daemon, which finds no disk that it knows; why it did not come so far, if it did not."""
+        machine = f"probe-{os.getpid()}-{acceleration}"
+        cgroup = self.cgroup(machine)
+        before, self.acceleration = self.acceleration, acceleration
+        try:
+            memory_mib = _TRIAL_SIZE.memory_mib + command.OVERHEAD_MIB[acceleration]
+            cgroup.create(memory_mib=memory_mib, cpu=1, tasks=command.TASKS)
+            for _ in range(1 if acceleration == "kvm" else 2):
+                why = self._trial_boot(machine, acceleration, cgroup)
+                if why is None:
+                    break
+            return why
+        finally:
+            self.acceleration = before
+            cgroup.remove()
+            self.remove_files(machine)
+            self.forget(machine)
+
+    def _trial_boot(self, machine: str, acceleration: Acceleration, cgroup: cgroups.MachineCgroup) -> str | None:
+        ours, theirs = socket.socketpair()
+        with ours, contextlib.ExitStack() as inherited:
+            inherited.enter_context(theirs)
+            channel = inherited.enter_context(launch.listening(self.root / f"{machine}.c"))
+            control = inherited.enter_context(launch.listening(self.root / f"{machine}.q"))
+            boot = inherited.enter_context(self.booting(theirs.fileno(), 64))
+            argv = self.argv(_TRIAL_SIZE, channel.fileno(), control.fileno(), boot=boot)
+            fds = [channel.fileno(), control.fileno(), boot.vmlinux_fd, boot.initramfs_fd, boot.serial_fd]
+            process = Process.spawn(self.confined(argv, machine, cgroup), fds)
+            inherited.close()
+            try:
+                timeout_s = _TRIAL_TIMEOUT_S[acceleration]
+                came, console = launch.watch(process, ours, lambda said: _ARRIVED in said, timeout_s=timeout_s)
+                if came:
+                    return None
+                ended = "QEMU ended" if process.over else f"it was not in user space after {timeout_s:g} s"
+                last = process.last_words() or next(iter(console.strip().splitlines()[-1:]), "")
+                return f"{ended} ({last[:300]})" if last else ended
+            finally:
+                process.kill()
+                process.close()
+
+    # Machines.
+
+    async def prepare(self, spec: MachineSpec) -> QemuMachine:
+        machine = QemuMachine(self, spec, self.cgroup(spec.id))
+        try:
+            await to_the_end(machine.prepare)
+        except BaseException:
+            await machine.stop()
+            raise
+        return machine
+
+    async def adopt(self, spec: MachineSpec) -> QemuMachine | None:
+        machine = QemuMachine(self, spec, self.cgroup(spec.id))
+        alive = await asyncio.to_thread(machine.find_again)
+        return machine if alive else None
+
+    async def sweep(self, keep: Collection[MachineId]) -> list[MachineId]:
+        return await asyncio.to_thread(self._sweep, frozenset(keep))
+
+    def _sweep(self, keep: frozenset[MachineId]) -> list[MachineId]:
+        if self._hierarchy is None:
+            self._hierarchy = cgroups.detect()
+        found: set[str] = set()
+        for mount in self._hierarchy.mounts.values():
+            with contextlib.suppress(OSError):
+                found.update(entry.name for entry in (mount / self._group).iterdir() if entry.is_dir())
+        found.update(file.stem for suffix in ("c", "q") for file in self.root.glob(f"*.{suffix}"))
+        gone = sorted(found - keep)
+        for machine in gone:
+            self.cgroup(machine).remove()
+            self.remove_files(machine)
+            self.forget(machine)
+        return [MachineId(machine) for machine in gone]
+
+    def remove_files(self, machine: str) -> None:
+        for suffix in ("c", "q"):
+            (self.root / f"{machine}.{suffix}").unlink(missing_ok=True)
+
+
+def size_of(limits: Limits) -> tuple[int, int]:
+    """CPUs and MiB of a machine with these limits; a saved state fits machines of the same size."""
+    size = command.Size.of(limits)
+    return size.cpus, size.memory_mib
+
+
+def _tsc_khz() -> int:
+    """How fast this host's time stamp counter runs: Linux takes its BogoMIPS from it, two of them for each MHz."""
+    text = Path("/proc/cpuinfo").read_text()
+    for pattern, factor in ((r"^bogomips\s*:\s*([\d.]+)", 500.0), (r"^cpu MHz\s*:\s*([\d.]+)", 1000.0)):
+        found = re.search(pattern, text, re.MULTILINE)
+        if found:
+            return round(float(found[1]) * factor)
+    raise HostUnfit("this host does not say how fast its clock runs", hint="use gVisor")
+
+
+def _cpu() -> str:
+    """Model and features, which a state saved with KVM relies on, and the kernel that gives them."""
+    wanted = ("vendor_id", "cpu family", "model\t", "stepping", "flags")
+    lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    return "\n".join([line for line in lines if line.startswith(wanted)] + [platform.release()])

@@ -1,0 +1,497 @@
+"""One microVM: its QEMU process, its two sockets, its disk and its memory. Made and found again by `driver`.
+
+A prepared machine is a QEMU that waits for a saved state, of any template with its size. `restore` gives it disk, memory and
+device state. `start` is for what was never saved: it puts a QEMU that boots a kernel in the place of the one that waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pandastack.errors import DiskFull, RuntimeFailed
+from pandastack.host.runtimes import cgroups, memory
+from pandastack.host.runtimes.base import Channel, EndReason, MachineSpec, Memory, Usage
+from pandastack.host.runtimes.qemu import capture, client, command, launch, mapping
+from pandastack.host.runtimes.qemu.launch import Process
+
+if TYPE_CHECKING:
+    from pandastack.host.runtimes.qemu.driver import QemuRuntime
+
+_log = logging.getLogger(__name__)
+
+# The files of a saved state.
+MEMORY, DEVICES, DISK, FACTS = "mem", "state", "disk", "machine.json"
+RECORD = "machine.json"
+BOOT_ATTEMPTS = 3
+BOOT_TIMEOUT_S = {"kvm": 15.0, "tcg": 60.0}
+_LOAD_TIMEOUT_S = 30.0
+_SAVE_TIMEOUT_S = 60.0
+_CONNECT_TIMEOUT_S = 5.0
+# Room in the arena for what a guest writes between the look at its memory and its stop.
+_SPARE_BYTES = 8 << 20
+
+
+class QemuMachine:
+    """See `base.Machine`."""
+
+    def __init__(self, runtime: QemuRuntime, spec: MachineSpec, cgroup: cgroups.MachineCgroup) -> None:
+        self.spec = spec
+        self.size = command.Size.of(spec.limits)
+        self._runtime = runtime
+        self._cgroup = cgroup
+        self._process: Process | None = None
+        self._address = 0  # of the guest's memory in QEMU's
+        self._base_fd: int | None = None  # The file that its memory was restored from.
+        self._running = False
+        self._stopped = False
+        self._frozen = False
+        self._connected = False
+        self._lock = threading.RLock()
+        self._control = runtime.root / f"{spec.id}.q"
+        self._channel = runtime.root / f"{spec.id}.c"
+
+    # Blocking parts, run in worker threads.
+
+    def prepare(self) -> None:
+        if not self.spec.rootfs.is_file():
+            raise RuntimeFailed("the machine's root is no image", hint="microVMs boot from raw ext4 images", detail=str(self.spec.rootfs))
+        self._cgroup.create(
+            memory_mib=self.size.memory_mib + command.OVERHEAD_MIB[self._runtime.accelerated],
+            cpu=self.spec.limits.cpu,
+            tasks=command.TASKS + self.size.cpus,
+        )
+        self._spawn()
+
+    def _spawn(self, *, disk_fd: int | None = None, boot: command.Boot | None = None) -> None:
+        with self._lock, contextlib.ExitStack() as ours:
+            if self._stopped:
+                raise RuntimeFailed("the machine was stopped")
+            channel = ours.enter_context(launch.listening(self._channel))
+            control = ours.enter_context(launch.listening(self._control))
+            argv = self._runtime.argv(self.size, channel.fileno(), control.fileno(), disk_fd=disk_fd, boot=boot)
+            fds = [channel.fileno(), control.fileno(), disk_fd]
+            fds += [boot.vmlinux_fd, boot.initramfs_fd, boot.serial_fd] if boot else []
+            confined = self._runtime.confined(argv, self.spec.id, self._cgroup)
+            self._process = Process.spawn(confined, [fd for fd in fds if fd is not None])
+        try:
+            # Only QEMU has the sockets now, so its end is noticed.
+            with client.opened(self._control) as qmp:
+                if boot is None:
+                    events = [{"capability": "events", "state": True}]
+                    qmp.call("migrate-set-capabilities", {"capabilities": events})
+                self._address = _address(qmp)
+        except RuntimeFailed as error:
+            raise RuntimeFailed("QEMU did not start", detail=self._process.last_words() or error.fields.get("detail")) from error
+        self._record(self._process)
+
+    def _record(self, process: Process) -> None:
+        record = {
+            "pid": process.pid,
+            "started": process.started,
+            "boot_id": launch.boot_id(),
+            "address": self._address,
+            "running": self._running,
+            "restored": self._base_fd is not None,
+        }
+        written = self.spec.state / f"{RECORD}.new"
+        written.write_text(json.dumps(record))
+        written.replace(self.spec.state / RECORD)
+
+    def find_again(self) -> bool:
+        """Recognise the process of an earlier life of this daemon: pid, start time and boot must all be the same."""
+        try:
+            record = json.loads((self.spec.state / RECORD).read_text())
+            if record["boot_id"] != launch.boot_id() or not record["running"]:
+                return False
+            process = Process.found(int(record["pid"]), int(record["started"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        if process is None:
+            return False
+        try:
+            with client.opened(self._control, timeout_s=_CONNECT_TIMEOUT_S) as qmp:
+                if qmp.call("query-status").get("status") == "paused":
+                    # It was frozen, or being saved, when the daemon died.
+                    qmp.call("cont")
+            self._address = int(record["address"])
+            if record["restored"]:
+                self._base_fd = _mapped(process.pid, self._address, self.size.memory_bytes)
+        except (RuntimeFailed, OSError) as error:
+            _log.warning("machine %s cannot be taken over: %s", self.spec.id, error)
+            process.close()
+            return False
+        self._process, self._running = process, True
+        self._connected = True  # By an earlier life; what it was saying may still be under way.
+        return True
+
+    def _start(self) -> None:
+        console = ""
+        with self._lock:
+            for _ in range(BOOT_ATTEMPTS):
+                self._end_process()
+                # Anew each time: a kernel that hung may have written to it.
+                disk_fd = self._disk_from(self.spec.rootfs)
+                try:
+                    came, console = self._boot(disk_fd)
+                finally:
+                    os.close(disk_fd)
+                if came:
+                    self._running = True
+                    self._record(self._alive())
+                    return
+                _log.warning("machine %s did not boot: %s", self.spec.id, _last_line(console))
+        raise RuntimeFailed("the guest did not boot", detail=_last_line(console) or "its console said nothing")
+
+    def _boot(self, disk_fd: int) -> tuple[bool, str]:
+        """Whether the guest daemon came, and what the console said."""
+        ours, theirs = socket.socketpair()
+        with ours, contextlib.ExitStack() as undo:
+            with theirs, self._runtime.booting(theirs.fileno(), self.spec.limits.processes) as boot:
+                self._spawn(disk_fd=disk_fd, boot=boot)
+            process = self._alive()
+            qmp = undo.enter_context(client.opened(self._control))
+
+            def ready(_console: str) -> bool:
+                if self._stopped:
+                    raise RuntimeFailed("the machine was stopped")
+                with contextlib.suppress(client.Gone):
+                    return any(one["label"] == command.CHANNEL and one["frontend-open"] for one in qmp.call("query-chardev"))
+                return False
+
+            return launch.watch(process, ours, ready, timeout_s=BOOT_TIMEOUT_S[self._runtime.accelerated])
+
+    def _end_process(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.close()
+            self._process = None
+
+    def _disk_from(self, source: Path) -> int:
+        """A copy of an image as this machine's disk, as large as its limit, open for QEMU."""
+        disk = self.spec.disk / DISK
+        disk.unlink(missing_ok=True)
+        with _filled():
+            self._runtime.clone(source, disk)
+        fd = os.open(disk, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_size < self.spec.limits.disk_mib << 20:
+                os.truncate(fd, self.spec.limits.disk_mib << 20)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _restore(self, snapshot: Path) -> None:
+        with self._lock, contextlib.ExitStack() as ours:
+            process = self._alive()
+            facts = self._facts(snapshot)
+            devices_fd, memory_fd = (os.open(snapshot / name, os.O_RDONLY | os.O_CLOEXEC) for name in (DEVICES, MEMORY))
+            ours.callback(os.close, devices_fd)
+            ours.callback(os.close, memory_fd)
+            if os.fstat(memory_fd).st_size != self.size.memory_bytes:
+                raise RuntimeFailed("the saved memory is not as large as its machine's")
+            disk_fd = self._disk_from(snapshot / DISK)
+            ours.callback(os.close, disk_fd)
+            try:
+                with client.opened(self._control) as qmp:
+                    qmp.call("add-fd", {"fdset-id": 1}, fd=disk_fd)
+                    qmp.call("blockdev-add", command.file_node("f1", 1))
+                    node = {"driver": "raw", "node-name": command.DISK, "file": "f1", "discard": "unmap"}
+                    qmp.call("blockdev-reopen", {"options": [node]})
+                    number = int(qmp.call("add-fd", {"fdset-id": 2}, fd=memory_fd)["fd"])
+                    mapping.map_file(process.pid, number, self._address, self.size.memory_bytes)
+                    qmp.call("remove-fd", {"fdset-id": 2})
+                    qmp.call("getfd", {"fdname": "state"}, fd=devices_fd)
+                    qmp.call("migrate-incoming", {"uri": "fd:state"})
+                    ends = time.monotonic() + _LOAD_TIMEOUT_S
+                    while (status := qmp.event("MIGRATION", until=ends)["data"]["status"]) != "completed":
+                        if status == "failed":
+                            raise RuntimeFailed("QEMU could not load the saved state")
+                    size = os.fstat(disk_fd).st_size
+                    if size != facts["disk_bytes"]:
+                        qmp.call("block_resize", {"node-name": command.DISK, "size": size})
+            except (RuntimeFailed, KeyError, TypeError) as error:
+                detail = process.last_words() or (error.fields.get("detail") or error.message if isinstance(error, RuntimeFailed) else "")
+                raise RuntimeFailed("the saved state cannot be restored", detail=detail) from error
+            self._base_fd = os.dup(memory_fd)
+            self._running = True
+            # What it had said to the host of its parent may still be under way.
+            self._connected = True
+            self._record(process)
+
+    def _facts(self, snapshot: Path) -> dict[str, Any]:
+        """What a saved state says of itself, if this machine fits it."""
+        try:
+            facts: dict[str, Any] = json.loads((snapshot / FACTS).read_text())
+            wanted = self._own_facts()
+            differs = [name for name in wanted if facts[name] != wanted[name]]
+            int(facts["disk_bytes"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RuntimeFailed("there is no saved state of a microVM", detail=str(error)) from error
+        if differs:
+            name = differs[0]
+            raise RuntimeFailed(
+                f"the saved state is of a machine with another {name}", detail=f"{name}: {facts[name]} there, {wanted[name]} here"
+            )
+        return facts
+
+    def _own_facts(self) -> dict[str, Any]:
+        return {"key": self._runtime.key, "cpus": self.size.cpus, "memory_mib": self.size.memory_mib}
+
+    def _snapshot(self, into: Path, resume: bool) -> None:
+        with self._lock, self._runtime.arenas.one() as arena, client.opened(self._control) as qmp:
+            process = self._alive()
+            # Written back now, so that little is left for when the guest stands still.
+            with contextlib.closing(_Descriptor(self.spec.disk / DISK, os.O_RDWR)) as disk:
+                os.fdatasync(disk.fd)
+                disk_bytes = os.fstat(disk.fd).st_size
+            runs = capture.own_runs(process.pid, self._address, self.size.memory_bytes)
+            arena.reserve(sum(run.length for run in runs) + _SPARE_BYTES)
+            began = time.monotonic()
+            times: dict[str, float] = {}
+
+            def lap(name: str) -> None:
+                times[name] = round((time.monotonic() - began) * 1000 - sum(times.values()), 2)
+
+            try:
+                qmp.call("stop")
+                lap("stop")
+                self._save_devices(qmp, into / DEVICES)
+                lap("devices")
+                runs = capture.own_runs(process.pid, self._address, self.size.memory_bytes)
+                lap("look")
+                arena.copy(process.pid, self._address, runs)
+                lap("copy")
+                with _filled():
+                    self._runtime.clone(self.spec.disk / DISK, into / DISK)
+                lap("disk")
+            except BaseException:
+                if not self._frozen:
+                    with contextlib.suppress(RuntimeFailed):
+                        qmp.call("cont")
+                raise
+            if resume and not self._frozen:
+                qmp.call("cont")
+            self._frozen = self._frozen or not resume
+            lap("go on")
+            pause_ms = round((time.monotonic() - began) * 1000, 2)
+            with _filled():
+                written = self._write_memory(arena, runs, into / MEMORY)
+            facts = self._own_facts() | {
+                "qemu": self._runtime.version,
+                "disk_bytes": disk_bytes,
+                "pause_ms": pause_ms,
+                "pause_parts_ms": times,
+                "own_bytes": sum(run.length for run in runs),
+                "written_bytes": written,
+            }
+            (into / FACTS).write_text(json.dumps(facts))
+            _log.debug("machine %s stood still for %.1f ms: %s", self.spec.id, pause_ms, times)
+
+    def _save_devices(self, qmp: client.Connection, target: Path) -> None:
+        with contextlib.closing(_Descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL)) as devices:
+            qmp.call("add-fd", {"fdset-id": 9}, fd=devices.fd)
+        try:
+            arguments = {"filename": "/dev/fdset/9", "live": False}
+            qmp.call("xen-save-devices-state", arguments, timeout_s=_SAVE_TIMEOUT_S)
+        finally:
+            qmp.call("remove-fd", {"fdset-id": 9})
+
+    def _write_memory(self, arena: capture.Arena, runs: list[capture.Run], target: Path) -> int:
+        if self._base_fd is not None:
+            self._runtime.clone(Path(f"/proc/self/fd/{self._base_fd}"), target)
+        else:
+            target.touch(mode=0o600, exist_ok=False)
+            os.truncate(target, self.size.memory_bytes)
+        written = capture.write(arena, runs, target)
+        target.chmod(0o400)  # From here on machines map it, and rely on it.
+        return written
+
+    def _freeze(self, frozen: bool) -> None:
+        with self._lock:
+            if self._frozen == frozen:
+                return
+            self._alive()
+            with client.opened(self._control) as qmp:
+                qmp.call("stop" if frozen else "cont")
+            self._frozen = frozen
+
+    def _connect(self) -> Channel:
+        self._alive()
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(_CONNECT_TIMEOUT_S)
+            connection.connect(str(self._channel))
+            connection.settimeout(None)
+        except OSError as error:
+            connection.close()
+            raise RuntimeFailed("the machine has no channel any more", detail=str(error)) from error
+        fresh, self._connected = not self._connected, True
+        fd = connection.detach()
+        return Channel(read_fd=fd, write_fd=fd, fresh=fresh)
+
+    def _alive(self) -> Process:
+        process = self._process
+        if process is None or self._stopped or process.over:
+            raise RuntimeFailed("the machine is over")
+        return process
+
+    def _usage(self) -> Usage:
+        process = self._alive()
+        try:
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError as error:
+            raise RuntimeFailed("the machine is over") from error
+        return Usage(
+            pid=process.pid,
+            cpu_s=self._cgroup.cpu_seconds(),
+            memory_bytes=self._cgroup.memory_bytes(),
+            resident_bytes=int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
+            virtual_bytes=int(fields[20]),
+            threads=int(fields[17]),
+            uptime_s=max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - process.started / os.sysconf("SC_CLK_TCK")),
+        )
+
+    def _stop(self) -> None:
+        self._stopped = True
+        process = self._process
+        if process is not None and not process.over:
+            process.kill()  # Without the lock: whoever holds it may wait for what this process says.
+        with self._lock:
+            self._cgroup.remove()
+            if self._process is not None:
+                self._process.reap()
+            self._runtime.remove_files(self.spec.id)
+            for name in (RECORD, f"{RECORD}.new"):
+                (self.spec.state / name).unlink(missing_ok=True)
+            self._runtime.forget(self.spec.id)
+
+    # The contract.
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self._start)
+
+    async def restore(self, snapshot: Path) -> None:
+        await to_the_end(self._restore, snapshot)
+
+    async def connect(self) -> Channel:
+        return await asyncio.to_thread(self._connect)
+
+    async def snapshot(self, into: Path, *, resume: bool) -> None:
+        # To its end, also when this is cancelled: whoever cleans up must not meet a machine that is still being read.
+        await to_the_end(self._snapshot, into, resume)
+
+    async def freeze(self) -> None:
+        await asyncio.to_thread(self._freeze, True)
+
+    async def thaw(self) -> None:
+        if self._frozen:
+            await asyncio.to_thread(self._freeze, False)
+
+    async def usage(self) -> Usage:
+        return await asyncio.to_thread(self._usage)
+
+    def memory_share(self) -> float:
+        """Nothing: the guest's own kernel ends whoever needs too much in there, and the machine lives on."""
+        return 0.0
+
+    async def memory(self) -> Memory:
+        return await asyncio.to_thread(lambda: memory.of([self._alive().pid], files_are_shared=True))
+
+    async def ended(self) -> EndReason:
+        loop = asyncio.get_running_loop()
+        over = asyncio.Event()
+        if self._process is not None:
+            # A duplicate, so that `stop` may close the original while somebody waits here.
+            pidfd = os.dup(self._process.pidfd)
+            loop.add_reader(pidfd, over.set)
+            try:
+                await over.wait()
+            finally:
+                loop.remove_reader(pidfd)
+                os.close(pidfd)
+        if self._stopped or self._process is None:
+            return "stopped"
+        await asyncio.to_thread(self._process.reap)
+        killed = await asyncio.to_thread(self._cgroup.oom_kills)
+        return "oom" if killed else "exited"
+
+    @property
+    def over(self) -> bool:
+        return self._process is None or self._process.over
+
+    def let_go(self) -> None:
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+        if self._base_fd is not None:
+            os.close(self._base_fd)
+            self._base_fd = None
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._stop)
+        self.let_go()
+
+
+class _Descriptor:
+    def __init__(self, path: Path, flags: int) -> None:
+        self.fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+async def to_the_end(work: Callable[..., None], *arguments: Any) -> None:
+    """Run blocking work in a thread. When this is cancelled the thread is waited for: it must not make things after their undo."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+@contextlib.contextmanager
+def _filled() -> Any:
+    """A full disk is said as such."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("the host's disk is full", hint="free space on the file system of the data directory, or move it") from error
+        raise RuntimeFailed("a file of the machine cannot be copied", detail=str(error)) from error
+
+
+def _address(qmp: client.Connection) -> int:
+    """Where QEMU has the guest's memory."""
+    answer = str(qmp.call("human-monitor-command", {"command-line": "gpa2hva 0x0"}))
+    found = re.search(rf"\({command.MEMORY}\) is (0x[0-9a-f]+)", answer)
+    if found is None:
+        raise RuntimeFailed("QEMU does not say where the guest's memory is", detail=answer[:200])
+    return int(found[1], 16)
+
+
+def _mapped(pid: int, address: int, size_bytes: int) -> int:
+    """The file that a process has mapped there, open for reading."""
+    fd = os.open(f"/proc/{pid}/map_files/{address:x}-{address + size_bytes:x}", os.O_RDONLY | os.O_CLOEXEC)
+    if os.fstat(fd).st_size != size_bytes:
+        os.close(fd)
+        raise RuntimeFailed("the machine's memory is not mapped as it was")
+    return fd
+
+
+def _last_line(console: str) -> str:
+    lines = console.strip().splitlines()
+    return lines[-1].strip()[:300] if lines else ""
