@@ -7,12 +7,11 @@ injection by name (`disk.create`, `disk.delete`, `ledger.write`, `ledger.remove`
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import gc
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,69 +20,56 @@ from pandastack.control.hosts import closing
 from pandastack.errors import DiskFull, TemplateNotFound
 from pandastack.host.admission import Admission, Totals
 from pandastack.host.app import HostService
+from pandastack.host.backends import Backend, Backends, Offer
 from pandastack.host.bakery import Bakery
 from pandastack.host.forks import Forks
 from pandastack.host.guest import GuestConnection
 from pandastack.host.ledger import Entry, Ledger
-from pandastack.host.machines import Machines
+from pandastack.host.machines import Machines, Ready, SlotKey
 from pandastack.host.recovery import recover
 from pandastack.host.registry import Registry
-from pandastack.host.runtimes.base import Probe
+from pandastack.host.runtimes.base import Capabilities, Probe, Runtime
 from pandastack.host.runtimes.fake import FakeRuntime, Hang
 from pandastack.host.sandboxes import Sandboxes
+from pandastack.host.slots import Refills, Slots
 from pandastack.host.states import States
-from pandastack.host.storage import space
+from pandastack.host.storage.folders import Folders
 from pandastack.host.storage.images import Image, Progress
 from pandastack.host.storage.recipes import Recipe
 from pandastack.host.storage.snapshots import Kind, Origin, Saved, Snapshots
-from pandastack.host.storage.space import Space
 from pandastack.wire.host import HostCreate, Output, ProcessExit
 from pandastack.wire.ids import HostId, SandboxId, SnapshotId, new_process_id, new_sandbox_id
+from pandastack.wire.isolation import Minimum
 from pandastack.wire.processes import ExecRequest
 
 T = TypeVar("T")
+IMAGE_MIB = 8  # Of the disk image of `base`.
 _dead: list[Any] = []
 # What a killed process had under way never runs again, not even the `finally` of a collected coroutine.
 ctypes.pythonapi.Py_IncRef(ctypes.py_object(_dead))
 
 
-class FolderDisks:
-    """As `Disks`, with a folder for each."""
+class SteppingFolders(Folders):
+    """The real ones; what they do takes part by name."""
 
     def __init__(self, root: Path, runtime: FakeRuntime) -> None:
-        self._root = root
+        super().__init__(root, low_water_mib=0)
         self._runtime = runtime
         root.mkdir(parents=True, exist_ok=True)
 
-    def free_mib(self) -> int:
-        return 100_000
-
-    def path(self, disk: str) -> Path:
-        return self._root / disk
-
-    def space(self, disk: str) -> Space:
-        return space.of(*self.path(disk).iterdir()) if self.path(disk).is_dir() else Space()
-
     async def create(self, disk: str, size_mib: int) -> Path:
         await self._runtime.step("disk.create")
-        self.path(disk).mkdir()
+        path = await super().create(disk, size_mib)
         try:
             await self._runtime.step("disk.created")
         except BaseException:
-            self.path(disk).rmdir()
+            path.rmdir()
             raise
-        return self.path(disk)
+        return path
 
     async def delete(self, disk: str) -> None:
         await self._runtime.step("disk.delete")
-        with contextlib.suppress(FileNotFoundError):
-            self.path(disk).rmdir()
-
-    async def sweep(self, keep: Collection[str]) -> list[str]:
-        gone = [path.name for path in self._root.iterdir() if path.name not in keep]
-        for disk in gone:
-            await self.delete(disk)
-        return gone
+        await super().delete(disk)
 
 
 class SteppingLedger(Ledger):
@@ -187,12 +173,25 @@ async def settled(host: HostService) -> None:
     await until(lambda: not host.sandboxes.states._returns)
 
 
-class World:
-    """The folders and machines of one install. `opened` is a host on them; `left` what exists now, by kind."""
+def fake_vm(name: str = "fakevm", acceleration: str = "tcg") -> FakeRuntime:
+    """A fake that has to be handled like QEMU: a disk image as its root, states of one size only."""
+    capabilities = Capabilities(snapshot=True, fork_memory=True, own_kernel=True, fixed_size=True, image=True)
+    return FakeRuntime(name, isolation="microvm", acceleration=acceleration, capabilities=capabilities)
 
-    def __init__(self, root: Path, *, slots: int = 0, sandboxes: int = 100) -> None:
+
+class World:
+    """The folders and machines of one install. `opened` is a host on them; `left` what exists now, by kind.
+
+    `runtimes` are those that the next host tries, the first of them before it is ready. The faults of disks, ledger and saved
+    states are those of the first.
+    """
+
+    def __init__(self, root: Path, *, slots: int = 0, sandboxes: int = 100, runtimes: Sequence[FakeRuntime] = ()) -> None:
         self.root = root
-        self.runtime = FakeRuntime()
+        self.runtimes = list(runtimes) or [FakeRuntime()]
+        self.runtime = self.runtimes[0]
+        self.minimum: Minimum = "none"
+        self.roots: list[str] = []  # The images of which a disk image was made.
         self.slots = slots
         self.blanks = 0
         self.totals = Totals(memory_mib=100_000, cpu=64, disk_mib=100_000, sandboxes=sandboxes)
@@ -202,27 +201,80 @@ class World:
 
     def build(self) -> HostService:
         """The parts of a host, joined; nothing has happened yet."""
-        disks: Any = FolderDisks(self.root / "disks", self.runtime)
-        images: Any = OneImage(self.root)
-        guest = self.root / "guest"
-        machines = Machines(self.runtime, disks, state=self.root / "machines", guest=guest, shared=lambda path: path, blanks=self.blanks)
-        bakery = Bakery(images, machines, root=self.root / "states", runtime_key="fake", guest_digest="g")
-        admission = Admission(self.totals, free_disk_mib=lambda: 100_000, free_memory_mib=lambda: 100_000)
-        ledger = SteppingLedger(self.root / "ledger", self.runtime)
-        registry = Registry(ledger, machines, admission)
-        states = States(registry, SteppingSnapshots(self.root / "snapshots", self.runtime), runtime_key="fake")
+        self.images: Any = OneImage(self.root)
+        self.admission = Admission(self.totals, free_disk_mib=lambda: 100_000, free_memory_mib=lambda: 100_000)
+        self._refills = Refills()
+        backends = Backends([self._offer(runtime) for runtime in self.runtimes], self._backend, self._refills, minimum=self.minimum)
+        registry = Registry(SteppingLedger(self.root / "ledger", self.runtime), backends, self.admission)
+        states = States(registry, SteppingSnapshots(self.root / "snapshots", self.runtime))
         forks = Forks(states, self.root / "captures")
         forks.open()
-        sandboxes = Sandboxes(registry, states, bakery, slots=self.slots)
-        return HostService(HostId("host"), sandboxes, forks, bakery, Probe(works=True, version="1"))
+        return HostService(HostId("host"), Sandboxes(registry, states), forks)
+
+    def _offer(self, runtime: FakeRuntime) -> Offer:
+        async def find() -> tuple[FakeRuntime, Probe]:
+            return runtime, await runtime.probe()
+
+        return Offer(
+            name=runtime.name,
+            isolation=runtime.isolation,
+            acceleration=runtime.acceleration,
+            own_kernel=runtime.capabilities.own_kernel,
+            at_once=runtime is self.runtimes[0],
+            find=find,
+            rootfs=self._root_image if runtime.capabilities.image else None,
+        )
+
+    async def _root_image(self, image: Image) -> Path:
+        """As `Roots.ensure`: made once."""
+        made = self.root / f"{image.name}.ext4"
+        if not made.exists():
+            self.roots.append(image.name)
+            made.write_bytes(bytes(IMAGE_MIB << 20))
+        return made
+
+    def joined(self, host: HostService) -> Backend:
+        """The first runtime, as if it had been tried, of a host that was only built."""
+        return self._backend(host.backends._offers[self.runtime.name], self.runtime, self.runtime.outcome)
+
+    def folder(self, kind: str, runtime: FakeRuntime) -> Path:
+        """As in a real host: the first came when there were no others."""
+        return self.root / (kind if runtime is self.runtime else f"{kind}-{runtime.name}")
+
+    def _backend(self, offer: Offer, made: Runtime, probe: Probe) -> Backend:
+        runtime: Any = made
+        machines = Machines(
+            runtime,
+            SteppingFolders(self.folder("disks", runtime), runtime),
+            state=self.folder("machines", runtime),
+            guest=self.root / "guest",
+            shared=lambda path: path,
+            refills=self._refills,
+            slots=self.slots,
+            blanks=self.blanks,
+        )
+        return Backend(probe, machines, self.bakery(machines, offer.rootfs, probe.key))
+
+    def bakery(
+        self, machines: Machines, rootfs: Callable[[Image], Awaitable[Path]] | None, runtime_key: str, guest_digest: str = "g"
+    ) -> Bakery:
+        runtime: Any = machines.runtime
+        return Bakery(
+            self.images,
+            machines,
+            root=self.folder("states", runtime),
+            runtime_key=runtime_key,
+            guest_digest=guest_digest,
+            admission=self.admission,
+            rootfs=rootfs,
+        )
 
     async def start(self) -> tuple[HostService, list[asyncio.Task[None]]]:
         """A host as `app.opened` starts it, with its background tasks."""
         host = self.build()
         await recover(host.sandboxes.registry, host.sandboxes.states.snapshots)
-        pools = (host.sandboxes.slots, host.sandboxes.registry.machines.blanks)
-        own = (host.sandboxes.freeze_idle(), host.sandboxes.watch_memory())
-        tasks = [asyncio.create_task(work) for work in (*(pool.run() for pool in pools), *own)]
+        own = (host.backends.run(), host.sandboxes.freeze_idle(), host.sandboxes.watch_memory())
+        tasks = [asyncio.create_task(work) for work in own]
         if not self.baked:
             async with closing(host.bake("base")) as said:
                 async for _ in said:
@@ -240,17 +292,21 @@ class World:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await host.backends.close()
             await host.sandboxes.close()
 
     def left(self) -> dict[str, list[str]]:
         """What sandboxes hold now; all empty when there are none."""
-        folders = {name: self.root / name for name in ("disks", "machines", "ledger", "captures")}
+        own = {self.folder(kind, runtime) for kind in ("disks", "machines") for runtime in self.runtimes}
+        folders = {path.name: path for path in (*own, self.root / "ledger", self.root / "captures")}
         found = {name: sorted(path.name for path in folder.iterdir()) if folder.exists() else [] for name, folder in folders.items()}
-        return {kind: names for kind, names in ({"runtime": sorted(self.runtime.machines)} | found).items() if names}
+        machines = {"runtime": sorted(name for runtime in self.runtimes for name in runtime.machines)}
+        return {kind: names for kind, names in (machines | found).items() if names}
 
     def clear(self) -> None:
-        for machine in list(self.runtime.machines.values()):
-            machine.remove()
+        for runtime in self.runtimes:
+            for machine in list(runtime.machines.values()):
+                machine.remove()
 
 
 class Life:
@@ -282,6 +338,7 @@ class Life:
         """The orderly end."""
         for task in self.tasks:
             task.cancel()
+        self.run(asyncio.wait(self.tasks))
         self.run(self.host.sandboxes.close())
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
         self.loop.close()
@@ -313,6 +370,11 @@ async def run(host: HostService, sandbox_id: SandboxId, cmd: str, **values: Any)
             elif isinstance(item, ProcessExit):
                 code = item.exit_code
     return out, code
+
+
+def slots(host: HostService) -> Slots[SlotKey, Ready]:
+    """Those of the first runtime."""
+    return host.backends.list()[0].machines.slots
 
 
 def disk_full() -> DiskFull:

@@ -12,6 +12,7 @@
     ├── BadRequestError               400
     │   ├── InvalidRequest                 a field is wrong; `field` names it
     │   ├── PermissionDenied          403
+    │   │   └── IsolationTooWeak               the server asks for more isolation than that; `minimum`
     │   ├── Conflict                  409
     │   │   ├── IdempotencyConflict        the key was used with another body
     │   │   ├── SandboxNotRunning          paused, failed, or going away; `status` says which
@@ -25,6 +26,7 @@
     │   ├── TemplateNotReady          503  being built or baked; nothing was created
     │   ├── DiskFull                  507  nothing was created or written
     │   ├── HostUnfit                 503  this machine cannot do it; the hint says what to change
+    │   │   └── RuntimeUnavailable             `runtime` is known, and does not work on this machine (any more)
     │   ├── TemplateError             500
     │   │   └── TemplateBuildError
     │   ├── RuntimeFailed             500  the runtime (gVisor, QEMU ...) did not do what it must
@@ -146,6 +148,12 @@ class PermissionDenied(BadRequestError):
     status = 403
 
 
+class IsolationTooWeak(PermissionDenied):
+    """`minimum` is what this server asks for (PANDASTACK_MIN_ISOLATION), `runtime` what would have been used."""
+
+    code = "isolation_too_weak"
+
+
 class Conflict(BadRequestError):
     code = "conflict"
     status = 409
@@ -209,6 +217,12 @@ class DiskFull(ServerError):
 class HostUnfit(ServerError):
     code = "host_unfit"
     status = 503
+
+
+class RuntimeUnavailable(HostUnfit):
+    """What `runtime` names does not work on this machine, not any more, or not yet (`retry_after_s`). Nothing was lost."""
+
+    code = "runtime_unavailable"
 
 
 class TemplateError(ServerError):

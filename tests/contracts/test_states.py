@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from hosts import World, settled, until
+from hosts import World, fake_vm, settled, until
 from pandastack.control.hosts import closing
 from pandastack.errors import (
     CapacityError,
@@ -31,6 +31,7 @@ from pandastack.errors import (
 )
 from pandastack.host import app
 from pandastack.host.app import HostService
+from pandastack.host.runtimes.fake import FakeRuntime
 from pandastack.host.settings import HostSettings
 from pandastack.wire.host import HostChild, HostCreate, HostFork, HostRewind, Output, ProcessExit
 from pandastack.wire.ids import ProcessId, SandboxId, SnapshotId, new_process_id, new_sandbox_id, new_snapshot_id
@@ -53,8 +54,8 @@ class Place:
 
 
 @contextlib.contextmanager
-def fake_place(folder: Path) -> Any:
-    world = World(folder)
+def fake_place(folder: Path, runtime: FakeRuntime) -> Any:
+    world = World(folder, runtimes=[runtime])
     yield Place(world.opened, world.left, folder / "snapshots")
     world.clear()
 
@@ -84,9 +85,13 @@ def gvisor_place(folder: Path, name: str) -> Any:
     shutil.rmtree(run, ignore_errors=True)
 
 
-@pytest.fixture(params=NAMES)
+FAKES = {"fake": FakeRuntime, "fakevm": fake_vm}
+
+
+@pytest.fixture(params=[*NAMES, "fakevm"])
 async def place(request: pytest.FixtureRequest, tmp_path: Path, no_leaks: None) -> AsyncIterator[Place]:
-    made = fake_place(tmp_path) if request.param == "fake" else gvisor_place(tmp_path, request.param)
+    name = request.param
+    made = fake_place(tmp_path, FAKES[name]()) if name in FAKES else gvisor_place(tmp_path, name)
     with made as here:
         yield here
         async with here.opened() as host:

@@ -39,7 +39,7 @@ async def host(world: World) -> AsyncIterator[HostService]:
 
 
 def machines(host: HostService) -> Machines:
-    return host.sandboxes.registry.machines
+    return host.backends.list()[0].machines
 
 
 async def full(host: HostService) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hosts import World, disk_full, reached, run, until, wanted
+from hosts import World, disk_full, reached, run, slots, until, wanted
 from pandastack.errors import (
     CapacityError,
     DiskFull,
@@ -246,7 +246,7 @@ class TestPool:
         world.slots = 1
         async with world.opened() as host:
             await host.create(wanted())
-            await until(lambda: host.sandboxes.slots.ready == 1)
+            await until(lambda: slots(host).ready == 1)
             yield host
         await until(lambda: "disks" not in world.left() or len(world.left()["disks"]) <= len(host.sandboxes.registry.list()))
 
@@ -279,14 +279,14 @@ class TestPool:
 
     async def test_other_limits_do_not_take_a_slot(self, world: World, pooled: HostService) -> None:
         assert (await pooled.create(wanted(memory_mb=333))).boot_mode == "restore"
-        assert pooled.sandboxes.slots.ready == 1
+        assert slots(pooled).ready == 1
 
     async def test_no_slot_outlives_its_host(self, world: World) -> None:
         world.slots = 2
         async with world.opened() as host:
             request = wanted()
             await host.create(request)
-            await until(lambda: host.sandboxes.slots.ready == 2)
+            await until(lambda: slots(host).ready == 2)
             await host.delete(request.id)
         assert world.left() == {}
 

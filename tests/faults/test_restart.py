@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from hosts import Life, World, run, until, wanted
+from hosts import Life, World, run, slots, until, wanted
 from pandastack.control.hosts import closing
 from pandastack.errors import GuestProtocolError, GuestTimeout, RuntimeFailed, SandboxNotRunning
 from pandastack.host import registry, sandboxes
@@ -113,7 +113,7 @@ def test_an_orderly_end_keeps_sandboxes_and_gives_back_the_pool(world: World, bo
     life = begin(world, born)
     request = wanted()
     life.run(life.host.create(request))
-    life.run(until(lambda: life.host.sandboxes.slots.ready == 1))
+    life.run(until(lambda: slots(life.host).ready == 1))
     life.close()
     assert len(world.runtime.machines) == 1
     world.slots = 0
@@ -126,7 +126,7 @@ def test_a_pool_is_cleared_not_adopted(world: World, born: list[Life]) -> None:
     life = begin(world, born)
     request = wanted()
     life.run(life.host.create(request))
-    life.run(until(lambda: life.host.sandboxes.slots.ready == 1))
+    life.run(until(lambda: slots(life.host).ready == 1))
     life.kill()
     world.slots = 0
     begin(world, born)
@@ -138,7 +138,7 @@ def test_a_create_from_the_pool_cut_off_is_cleared(world: World, born: list[Life
     life = begin(world, born)
     first = wanted()
     life.run(life.host.create(first))
-    life.run(until(lambda: life.host.sandboxes.slots.ready == 1))
+    life.run(until(lambda: slots(life.host).ready == 1))
     life.run(life.host.delete(first.id))
     hang = world.runtime.hang("thaw")
     life.begin(life.host.create(wanted()))

@@ -26,9 +26,9 @@ class Kitchen:
     def again(self, **key: str) -> Bakery:
         """A bakery as after a restart, perhaps with another runtime or guest."""
         host = self.world.build()
-        self.images: OneImage = host._bakery._images  # type: ignore[assignment]
-        keys = {"runtime_key": "r", "guest_digest": "g"} | key
-        self.bakery = Bakery(host._bakery._images, host.sandboxes.registry.machines, root=self.world.root / "states", **keys)
+        self.images: OneImage = self.world.images
+        backend = self.world.joined(host)
+        self.bakery = self.world.bakery(backend.machines, None, **{"runtime_key": "r", "guest_digest": "g"} | key)
         return self.bakery
 
     def states(self) -> list[str]:

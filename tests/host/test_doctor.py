@@ -42,18 +42,22 @@ def tried(answers: dict[str, Probe | Exception]) -> tuple[RuntimeInfo, list[Chec
 
 
 def test_auto_takes_the_runtime_that_works():
-    assert doctor.choose("auto", [WORKS])[0] == "gvisor"
+    assert doctor.choose([WORKS])[0] == "gvisor"
 
 
 def test_auto_takes_none_and_repeats_the_reason():
-    name, reason = doctor.choose("auto", [FAILS])
+    name, reason = doctor.choose([FAILS])
     assert name is None
     assert "too old" in reason
 
 
-def test_a_setting_is_obeyed_or_refused():
-    assert doctor.choose("gvisor", [WORKS]) == ("gvisor", "the setting PANDASTACK_RUNTIME asks for gvisor, and it works here")
-    assert doctor.choose("gvisor", [FAILS])[0] is None
+def test_auto_takes_the_strongest_that_works():
+    def qemu(acceleration: str) -> RuntimeInfo:
+        return RuntimeInfo(name="qemu", works=True, isolation="microvm", acceleration=acceleration)
+
+    assert doctor.choose([WORKS, qemu("kvm")])[0] == "qemu"
+    assert doctor.choose([WORKS, qemu("tcg")])[0] == "gvisor"
+    assert doctor.choose([FAILS, qemu("tcg")])[0] == "qemu"
 
 
 def test_an_old_runsc_fails_with_its_remedy():
@@ -207,9 +211,11 @@ def test_the_exit_code_follows_the_runtimes(
 
 
 def test_a_wrong_setting_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setenv("PANDASTACK_RUNTIME", "qemu")
-    assert program.main(["doctor"]) == 1
-    assert "PANDASTACK_RUNTIME" in capsys.readouterr().err
+    for name, value in (("PANDASTACK_RUNTIMES", "gvisor,xen"), ("PANDASTACK_MIN_ISOLATION", "much")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert program.main(["doctor"]) == 1
+            assert name in capsys.readouterr().err
 
 
 def traces() -> set[str]:

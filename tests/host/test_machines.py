@@ -21,12 +21,12 @@ LIMITS = Limits(cpu=1, memory_mib=128, disk_mib=256)
 
 @pytest.fixture
 def machines(host: HostService) -> Machines:
-    return host.sandboxes.registry.machines
+    return host.backends.list()[0].machines
 
 
 @pytest.fixture
 def key(world: World, host: HostService) -> SlotKey:
-    baked = host._bakery.ready("base")
+    baked = host.backends.list()[0].bakery.ready("base")
     assert baked is not None
     return SlotKey(baked.image.rootfs, baked.limits, baked.snapshot)
 

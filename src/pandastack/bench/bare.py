@@ -107,7 +107,7 @@ def bare(template: str) -> Bare:
         raise HostUnfit("there is no runsc or no image to compare with", hint=f"run `pandastack template bake {template}` first")
     guest, _ = host_app.guest_directory(settings.cache_dir / "guest")
     spec = MachineSpec(
-        id=MachineId("bare"), rootfs=image.rootfs, guest=guest, disk=Path("/"), state=Path("/"), limits=default_limits(image)
+        id=MachineId("bare"), rootfs=image.rootfs, guest=guest, disk=Path("/"), state=Path("/"), limits=default_limits(image, image.rootfs)
     )
     return Bare(found[0], image.rootfs, guest, spec)
 

@@ -52,14 +52,15 @@ class Admission:
         Raises InvalidRequest for what this machine could never hold.
         """
         if not known:
-            self._check(limits)
+            self.require_possible(limits)
+            self._require_room(limits)
         self._reserved[sandbox_id] = limits
 
     def release(self, sandbox_id: SandboxId) -> None:
         self._reserved.pop(sandbox_id, None)
 
-    def _check(self, limits: Limits) -> None:
-        memory, disk = self._sum_memory(), self._sum_disk()
+    def require_possible(self, limits: Limits) -> None:
+        """Raises InvalidRequest for what this machine could not hold if it were empty."""
         for field, wanted, total in (
             ("memory_mb", limits.memory_mib, self._totals.memory_mib),
             ("disk_mb", limits.disk_mib, self._totals.disk_mib),
@@ -68,6 +69,9 @@ class Admission:
                 raise InvalidRequest(f"{field} is {wanted}, but this machine has {total} in all", field=field, maximum=total)
         if limits.cpu > (os.cpu_count() or 1):
             raise InvalidRequest(f"cpu is {limits.cpu:g}, but this machine has {os.cpu_count()}", field="cpu", maximum=os.cpu_count())
+
+    def _require_room(self, limits: Limits) -> None:
+        memory, disk = self._sum_memory(), self._sum_disk()
         full = (
             f"{len(self._reserved)} sandboxes run, the most allowed"
             if len(self._reserved) >= self._totals.sandboxes

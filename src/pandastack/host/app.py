@@ -1,6 +1,6 @@
 """Builds every part of a host and joins them. Read this first.
 
-`opened` is the life of the daemon: choose a runtime by trying it, find the sandboxes of an earlier life, run the loops, and
+`opened` is the life of the daemon: try the runtimes, find the sandboxes of an earlier life, run the loops, and
 at the end let go of what runs without stopping it. `service` is what control sees.
 """
 
@@ -20,23 +20,25 @@ import structlog
 
 import pandastack
 from pandastack.errors import HostUnfit
-from pandastack.host import fetch_runsc
 from pandastack.host.admission import Admission, Totals, memory_mib
+from pandastack.host.backends import Backend, Backends, Offer
 from pandastack.host.bakery import Bakery
 from pandastack.host.forks import Forks
 from pandastack.host.keeper import Keeper
 from pandastack.host.ledger import Ledger
-from pandastack.host.machines import Machines
+from pandastack.host.machines import Machines, Storage
 from pandastack.host.recovery import recover
 from pandastack.host.registry import Registry
 from pandastack.host.runtimes.base import Probe, Runtime
-from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
+from pandastack.host.runtimes_here import Surroundings, offers
 from pandastack.host.sandboxes import Sandboxes
 from pandastack.host.service import HostService as HostService
 from pandastack.host.settings import HostSettings
+from pandastack.host.slots import Refills
 from pandastack.host.states import States
 from pandastack.host.storage import space
 from pandastack.host.storage.disks import Disks
+from pandastack.host.storage.folders import Folders
 from pandastack.host.storage.images import Images
 from pandastack.host.storage.pool import Pool
 from pandastack.host.storage.readonly import ReadOnly
@@ -53,51 +55,37 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
     Raises HostUnfit with a remedy when this machine cannot run sandboxes; nothing is left then.
     """
     install = _install_id(settings.data_dir)
-    keeper = Keeper(settings.run_dir / install / "keeper.sock")
-    guest, guest_digest = await asyncio.to_thread(guest_directory, settings.cache_dir / "guest")
     run_dir = settings.run_dir / install
+    keeper = Keeper(run_dir / "keeper.sock")
+    guest, guest_digest = await asyncio.to_thread(guest_directory, settings.cache_dir / "guest")
     views = ReadOnly(run_dir / "shared")
     pool = Pool(settings.data_dir)
     await asyncio.to_thread(pool.open)
     try:
-        runtime, probe = await choose_runtime(settings, install, views.view(guest), keeper, say)
+        shown = views.view(guest)
+        here = Surroundings(settings=settings, run_dir=run_dir, group=f"pandastack-{install}", guest=shown, keeper=keeper, say=say)
+        parts = _Parts(settings, pool, views, guest, guest_digest)
+        backends = Backends(offers(here), parts.backend, parts.refills, minimum=settings.min_isolation)
+        registry = Registry(Ledger(settings.data_dir / "ledger"), backends, parts.admission)
+        states = States(registry, parts.snapshots)
+        forks = Forks(states, settings.captures_dir or pool.root / "captures")
+        await asyncio.to_thread(forks.open)
+        sandboxes = Sandboxes(registry, states)
+        await recover(registry, parts.snapshots)
     except BaseException:
         _leave(run_dir, views, keeper, pool)
         raise
-    root, below = pool.root, pool.below
-    if space.shares_blocks(root) is False:
-        log.warning("files are copied in full: this file system cannot share blocks; see `pandastack storage init`", path=str(root))
-    disks = Disks(root / "disks", low_water_mib=settings.disk_low_water_mb, below=below)
-    images = Images(
-        settings.cache_dir / "images",
-        [shipped_templates(), *([settings.templates_dir] if settings.templates_dir else [])],
-        ubuntu_mirror=settings.ubuntu_mirror,
-        debian_mirror=settings.debian_mirror,
-    )
-    for name, error in images.broken().items():
-        log.error("template is broken and left out", template=name, error=error.message)
-    machines = Machines(runtime, disks, state=settings.data_dir / "machines", guest=guest, shared=views.view, blanks=settings.blanks)
-    bakery = Bakery(images, machines, root=settings.cache_dir / "states", runtime_key=probe.key, guest_digest=guest_digest)
-    admission = Admission(_totals(settings, disks), free_disk_mib=disks.free_mib)
-    snapshots = Snapshots(root / "snapshots", low_water_mib=settings.disk_low_water_mb, below=below)
-    registry = Registry(Ledger(settings.data_dir / "ledger"), machines, admission)
-    states = States(registry, snapshots, runtime_key=probe.key)
-    forks = Forks(states, settings.captures_dir or root / "captures")
-    await asyncio.to_thread(forks.open)
-    sandboxes = Sandboxes(registry, states, bakery, slots=settings.slots)
-    await recover(registry, snapshots)
     await asyncio.to_thread(keeper.retain, sandboxes.machine_ids())
-    service = HostService(HostId(f"{socket.gethostname()}-{install}"), sandboxes, forks, bakery, probe)
+    service = HostService(HostId(f"{socket.gethostname()}-{install}"), sandboxes, forks)
     tasks = [
-        asyncio.create_task(sandboxes.slots.run(), name="refill slots"),
-        asyncio.create_task(machines.blanks.run(), name="refill blank machines"),
+        asyncio.create_task(backends.run(), name="runtimes and their pools"),
         asyncio.create_task(sandboxes.freeze_idle(), name="freeze idle sandboxes"),
         asyncio.create_task(sandboxes.watch_memory(), name="watch memory of sandboxes"),
     ]
     try:
         yield service
     finally:
-        await bakery.close()
+        await backends.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -108,6 +96,62 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
             _leave(run_dir, views, keeper, pool)
 
 
+class _Parts:
+    """What all runtimes of a host share, and how a runtime that works gets what is its own."""
+
+    def __init__(self, settings: HostSettings, pool: Pool, views: ReadOnly, guest: Path, guest_digest: str) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._views = views
+        self._guest, self._guest_digest = guest, guest_digest
+        root, below = pool.root, pool.below
+        if space.shares_blocks(root) is False:
+            log.warning("files are copied in full: this file system cannot share blocks; see `pandastack storage init`", path=str(root))
+        self._disks = Disks(root / "disks", low_water_mib=settings.disk_low_water_mb, below=below)
+        self._images = Images(
+            settings.cache_dir / "images",
+            [shipped_templates(), *([settings.templates_dir] if settings.templates_dir else [])],
+            ubuntu_mirror=settings.ubuntu_mirror,
+            debian_mirror=settings.debian_mirror,
+        )
+        for name, error in self._images.broken().items():
+            log.error("template is broken and left out", template=name, error=error.message)
+        self.refills = Refills()
+        self.admission = Admission(_totals(settings, self._disks), free_disk_mib=self._disks.free_mib)
+        self.snapshots = Snapshots(root / "snapshots", low_water_mib=settings.disk_low_water_mb, below=below)
+
+    def backend(self, offer: Offer, runtime: Runtime, probe: Probe) -> Backend:
+        """Folders are its own by its name; gVisor's have none, from the time when it was alone."""
+        settings, suffix = self._settings, "" if offer.name == "gvisor" else f"-{offer.name}"
+        low_water_mib, below = settings.disk_low_water_mb, self._pool.below
+        storage: Storage = self._disks
+        if runtime.capabilities.image:
+            storage = Folders(self._pool.root / f"disks{suffix}", low_water_mib=low_water_mib, below=below)
+        elif suffix:
+            storage = Disks(self._pool.root / f"disks{suffix}", low_water_mib=low_water_mib, below=below)
+        machines = Machines(
+            runtime,
+            storage,
+            state=settings.data_dir / f"machines{suffix}",
+            guest=self._guest,
+            # A view of a folder; an image is opened by its driver only, which does not write to it.
+            shared=(lambda path: path) if runtime.capabilities.image else self._views.view,
+            refills=self.refills,
+            slots=settings.slots,
+            blanks=settings.blanks,
+        )
+        bakery = Bakery(
+            self._images,
+            machines,
+            root=settings.cache_dir / f"states{suffix}",
+            runtime_key=probe.key,
+            guest_digest=self._guest_digest,
+            admission=self.admission,
+            rootfs=offer.rootfs,
+        )
+        return Backend(probe, machines, bakery)
+
+
 def _leave(run_dir: Path, views: ReadOnly, keeper: Keeper, pool: Pool) -> None:
     """Remove what a host without sandboxes needs no more. The keeper ends by itself, and removes its socket."""
     views.withdraw()
@@ -116,23 +160,6 @@ def _leave(run_dir: Path, views: ReadOnly, keeper: Keeper, pool: Pool) -> None:
     for directory in (run_dir / "gv", run_dir):
         with contextlib.suppress(OSError):
             directory.rmdir()
-
-
-async def choose_runtime(
-    settings: HostSettings, install: str, guest: Path, keeper: Keeper, say: Callable[[str], None]
-) -> tuple[Runtime, Probe]:
-    """The first runtime that really works here. Raises HostUnfit saying why none does."""
-    prefix = settings.cache_dir / "runsc"
-    if not fetch_runsc.candidates(settings.runsc, prefix):
-        await fetch_runsc.fetch(prefix, debian_mirror=settings.debian_mirror, say=say)
-    reasons = []
-    for runsc in fetch_runsc.candidates(settings.runsc, prefix):
-        runtime = GvisorRuntime(runsc, root=settings.run_dir / install / "gv", group=f"pandastack-{install}", guest=guest, keeper=keeper)
-        probe = await runtime.probe()
-        if probe.works:
-            return runtime, probe
-        reasons.append(f"{runsc}: {probe.reason}" + (f" ({probe.hint})" if probe.hint else ""))
-    raise HostUnfit(f"no runtime works on this machine: {'; '.join(reasons)}", hint="run `pandastack doctor`")
 
 
 def shipped_templates() -> Path:

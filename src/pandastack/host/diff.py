@@ -23,8 +23,8 @@ from typing import Any
 
 from pandastack.errors import Conflict, FileConflict, FileNotFound, GuestError, GuestTimeout, PandastackError, TooLarge
 from pandastack.host.guest import Guest
-from pandastack.host.machines import SlotKey
 from pandastack.host.sandboxes import Sandboxes
+from pandastack.host.storage.snapshots import Saved
 from pandastack.wire import patches
 from pandastack.wire.diff import MAX_ENTRIES, ChangeKind, FileChange, FileSide, HostChange, HostPoint
 from pandastack.wire.guest import Scanned
@@ -134,33 +134,35 @@ class Diffs:
     async def _view(self, point: HostPoint) -> AsyncIterator[View]:
         async with contextlib.AsyncExitStack() as stack:
             if point.kind == "snapshot":
-                key = self._states.key(await self._states.snapshots.check(point.id))
-                yield await stack.enter_async_context(self._restored(key))
+                saved = await self._states.snapshots.check(point.id)
+                yield await stack.enter_async_context(self._restored(saved))
                 return
             sandbox = self._registry.get(SandboxId(point.id))
             async with contextlib.AsyncExitStack() as held:
                 await held.enter_async_context(sandbox.lock)
                 if sandbox.status == "hibernated":
                     # The lock keeps a wake from giving the saved state back before the view has read it.
-                    key = self._states.key(await self._states.snapshots.check(sandbox.entry.snapshot))
-                    view = await stack.enter_async_context(self._restored(key))
+                    saved = await self._states.snapshots.check(sandbox.entry.snapshot)
+                    view = await stack.enter_async_context(self._restored(saved))
                     await held.aclose()
                     yield view
                     return
             yield View(lambda: self._sandboxes.use(sandbox.id), Path(sandbox.entry.rootfs))
 
     @contextlib.asynccontextmanager
-    async def _restored(self, key: SlotKey) -> AsyncIterator[View]:
+    async def _restored(self, saved: Saved) -> AsyncIterator[View]:
         """A view of a saved state. It takes room like a sandbox, under a name that no sandbox has."""
+        machines = (await self._registry.backends.reach(saved.manifest.origin.runtime)).machines
+        key = self._states.key(saved)
         name = SandboxId(f"view-{uuid.uuid4()}")
         self._registry.admission.reserve(name, key.limits)
         try:
             async with self._registry.starts:
-                ready = await self._registry.machines.restored(key, quiet=False, blank=True)
+                ready = await machines.restored(key, quiet=False, blank=True)
             try:
                 yield View(lambda: _hidden(ready.guest), key.rootfs)
             finally:
-                await self._registry.machines.discard_ready(ready)
+                await machines.discard_ready(ready)
         finally:
             self._registry.admission.release(name)
 

@@ -14,18 +14,18 @@ import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from pandastack.errors import HostUnfit, PandastackError
-from pandastack.host import checks, fetch_runsc, kvm
+from pandastack.host import checks, fetch_runsc, kvm, runtimes_here
 from pandastack.host.checks import Check
 from pandastack.host.keeper import Keeper
 from pandastack.host.runtimes.base import Probe
 from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
 from pandastack.host.settings import HostSettings
 from pandastack.wire.host import RuntimeInfo
+from pandastack.wire.isolation import level
 
 _PROBE_TIMEOUT_S = 120.0
 _NOT_ROOT = "not tried, because this user is not root"
@@ -47,7 +47,8 @@ class Report(BaseModel):
 
 
 async def examine(settings: HostSettings) -> Report:
-    """Everything, in about the time of the slowest probe."""
+    """Everything, in about the time of the slowest probe. Raises HostUnfit where PANDASTACK_RUNTIMES names what is no runtime."""
+    runtimes_here.wanted(settings)
     root = checks.root()
     guest = _guest()
     looked, found = await asyncio.gather(
@@ -65,7 +66,7 @@ async def examine(settings: HostSettings) -> Report:
         _gvisor(settings, root, guest),
     )
     gvisor, tried = found
-    name, reason = choose(settings.runtime, [gvisor])
+    name, reason = choose([gvisor])
     return Report(checks=[*looked, _guest_check(guest), *tried], runtimes=[gvisor], auto=name, auto_reason=reason)
 
 
@@ -92,15 +93,13 @@ def require(found: list[Check]) -> None:
         raise HostUnfit(failed[0].detail, hint="; ".join([failed[0].hint or "run `pandastack doctor`", *others]))
 
 
-def choose(setting: Literal["auto", "gvisor"], runtimes: list[RuntimeInfo]) -> tuple[str | None, str]:
-    """The runtime `up` will use and why, from what works here. A setting is obeyed or refused, never replaced."""
-    wanted = [runtime for runtime in runtimes if setting in ("auto", runtime.name)]
-    chosen = next((runtime for runtime in wanted if runtime.works), None)
+def choose(runtimes: list[RuntimeInfo]) -> tuple[str | None, str]:
+    """The runtime that `auto` means and why: the strongest of what works here."""
+    works = [runtime for runtime in runtimes if runtime.works]
+    chosen = max(works, key=lambda runtime: level(runtime.name, runtime.isolation, runtime.acceleration), default=None)
     if chosen is None:
-        reasons = "; ".join(f"{runtime.name}: {runtime.reason or 'it does not work here'}" for runtime in wanted)
-        return None, f"no runtime works here ({reasons or f'{setting} is unknown'})"
-    if setting != "auto":
-        return chosen.name, f"the setting PANDASTACK_RUNTIME asks for {setting}, and it works here"
+        reasons = "; ".join(f"{runtime.name}: {runtime.reason or 'it does not work here'}" for runtime in runtimes)
+        return None, f"no runtime works here ({reasons})"
     only = "; it is the only runtime of this version" if len(runtimes) == 1 else ""
     return chosen.name, f"{chosen.name} works here, tried with a real sandbox{only}"
 

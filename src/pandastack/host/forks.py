@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pandastack.host import identity
+from pandastack.host.backends import Backend
 from pandastack.host.ledger import Entry
-from pandastack.host.machines import Shape
+from pandastack.host.machines import Machines, Shape
 from pandastack.host.runtimes.base import Machine
 from pandastack.host.sandbox import Sandbox
 from pandastack.host.states import States
@@ -51,24 +52,26 @@ class Forks:
         return await self._states.once("fork", request.children[0].id, lambda: self._fork(parent, request.children, request.snapshot))
 
     async def _fork(self, parent: Sandbox, children: Sequence[HostChild], snapshot: SnapshotId | None) -> list[Sandbox]:
-        with self._registry.machines.refills.paused():
-            return await self._make(parent, children, snapshot)
+        backend = await self._registry.backends.usable(parent.entry.runtime)
+        with self._registry.backends.refills.paused():
+            return await self._make(parent, backend, children, snapshot)
 
-    async def _make(self, parent: Sandbox, children: Sequence[HostChild], snapshot: SnapshotId | None) -> list[Sandbox]:
+    async def _make(self, parent: Sandbox, backend: Backend, children: Sequence[HostChild], snapshot: SnapshotId | None) -> list[Sandbox]:
         started = time.monotonic()
-        entries = [_entry(parent, child) for child in children]
+        machines = backend.machines
+        entries = [_entry(parent, backend, child) for child in children]
         async with contextlib.AsyncExitStack() as undo:
             for entry in entries:
                 self._registry.admission.reserve(entry.request.id, parent.limits)
                 undo.callback(self._registry.admission.release, entry.request.id)
                 self._registry.ledger.write(entry)
                 undo.callback(self._registry.ledger.remove, entry.request.id)
-            guest = self._registry.machines.guest.parent / parent.entry.guest
+            shape = Shape(Path(parent.entry.rootfs), parent.limits, machines.guest.parent / parent.entry.guest)
             # Machines are prepared while the parent is captured; on a machine with two cores neither hurts the other much.
-            preparing = [asyncio.create_task(self._prepare(parent, guest), name=f"prepare {entry.request.id}") for entry in entries]
-            undo.push_async_callback(self._discard, preparing)
+            preparing = [asyncio.create_task(self._prepare(machines, shape), name=f"prepare {entry.request.id}") for entry in entries]
+            undo.push_async_callback(self._discard, machines, preparing)
             async with self._captured(parent) if snapshot is None else self._kept(parent, snapshot) as folder:
-                children_made = [self._child(task, folder, entry, undo) for task, entry in zip(preparing, entries, strict=True)]
+                children_made = [self._child(machines, task, folder, entry, undo) for task, entry in zip(preparing, entries, strict=True)]
                 made = await _every(children_made)
             for sandbox in made:
                 sandbox.entry.state = "running"
@@ -79,16 +82,16 @@ class Forks:
             self._registry.enter(sandbox)
         return made
 
-    async def _prepare(self, parent: Sandbox, guest: Path) -> Machine:
+    async def _prepare(self, machines: Machines, shape: Shape) -> Machine:
         async with self._registry.starts:
-            return await self._registry.machines.prepared(Shape(Path(parent.entry.rootfs), parent.limits, guest))
+            return await machines.prepared(shape)
 
-    async def _discard(self, preparing: Sequence[asyncio.Task[Machine]]) -> None:
+    async def _discard(self, machines: Machines, preparing: Sequence[asyncio.Task[Machine]]) -> None:
         for task in preparing:
             task.cancel()
         for outcome in await asyncio.gather(*preparing, return_exceptions=True):
             if not isinstance(outcome, BaseException):
-                await self._registry.machines.discard(outcome)
+                await machines.discard(outcome)
 
     @contextlib.asynccontextmanager
     async def _captured(self, parent: Sandbox) -> AsyncIterator[Path]:
@@ -117,13 +120,15 @@ class Forks:
         """The same of an earlier moment; whatever the parent is by now, it stays that."""
         yield self._states.key(await self._states.own(parent, snapshot)).snapshot
 
-    async def _child(self, preparing: asyncio.Task[Machine], folder: Path, entry: Entry, undo: contextlib.AsyncExitStack) -> Sandbox:
+    async def _child(
+        self, machines: Machines, preparing: asyncio.Task[Machine], folder: Path, entry: Entry, undo: contextlib.AsyncExitStack
+    ) -> Sandbox:
         machine = await preparing
         entry.machine = machine.spec.id
         self._registry.ledger.write(entry)
         fresh = identity.fresh(entry.request.id, entry.request.hostname, entry.env)
         async with self._registry.starts:
-            ready = await self._registry.machines.continued(machine, folder)
+            ready = await machines.continued(machine, folder)
             undo.push_async_callback(ready.guest.close)
             await identity.confirm(ready.guest, fresh)
         entry.token, entry.machine_id = fresh.token, fresh.machine_id
@@ -132,11 +137,11 @@ class Forks:
         return sandbox
 
 
-def _entry(parent: Sandbox, child: HostChild) -> Entry:
+def _entry(parent: Sandbox, backend: Backend, child: HostChild) -> Entry:
     """What a child has of its parent: everything but its names and secrets."""
     request = HostCreate(**{**parent.entry.request.model_dump(), "id": child.id, "hostname": child.hostname, "snapshot": None})
     own = {"request": request, "state": "creating", "machine": "", "token": "", "machine_id": "", "boot_mode": "fork", "boot_ms": 0}
-    return parent.entry.model_copy(update={**own, "reason": None, "paused": False, "snapshot": ""})
+    return parent.entry.model_copy(update={**own, **backend.facts, "reason": None, "paused": False, "snapshot": ""})
 
 
 async def _every(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,8 +27,9 @@ log = structlog.get_logger(__name__)
 class Entry(BaseModel):
     """A sandbox as this host remembers it. `token` opens the guest's loopback listener after a restart.
 
-    `env` is what its processes get, `guest` the folder of the daemon that runs in it, `snapshot` the saved state of a hibernated
-    one. `machine_id` and hostname stay the same for life.
+    `runtime` to `own_kernel` say what it runs on (`isolation` is empty in entries of older versions). `env` is what its processes
+    get, `guest` the folder of the daemon that runs in it, `snapshot` the saved state of a hibernated one. `machine_id` and hostname
+    stay the same for life.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -36,6 +38,9 @@ class Entry(BaseModel):
     state: Literal["creating", "running", "hibernated", "failed"]
     machine: str = ""
     runtime: str = ""
+    isolation: str = ""
+    acceleration: str | None = None
+    own_kernel: bool = False
     template_actual: str = ""
     template_note: str | None = None
     rootfs: str = ""
@@ -52,9 +57,9 @@ class Entry(BaseModel):
     boot_ms: int = 0
     reason: str | None = None
 
-    def running_in(self, machine: str, *, token: str, machine_id: str, boot_mode: str, boot_ms: int) -> Entry:
-        """The same sandbox brought back in a new machine, whatever it was before."""
-        now = {"machine": machine, "token": token, "machine_id": machine_id, "boot_mode": boot_mode, "boot_ms": boot_ms}
+    def running_in(self, machine: str, on: Mapping[str, Any], *, token: str, machine_id: str, boot_mode: str, boot_ms: int) -> Entry:
+        """The same sandbox brought back in a new machine, whatever it was before; `on` are the facts of its runtime."""
+        now = {**on, "machine": machine, "token": token, "machine_id": machine_id, "boot_mode": boot_mode, "boot_ms": boot_ms}
         return self.model_copy(update={**now, "state": "running", "snapshot": "", "paused": False, "reason": None})
 
 

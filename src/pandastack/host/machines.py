@@ -12,17 +12,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from pandastack.errors import DiskFull, PandastackError, RuntimeFailed
 from pandastack.host.guest import Guest
 from pandastack.host.runtimes.base import Limits, Machine, MachineId, MachineSpec, Runtime
 from pandastack.host.slots import Refills, Slots
-from pandastack.host.storage.disks import Disks
 from pandastack.host.storage.space import Space
 
 RESTORE_TIMEOUT_S = 300.0  # A large state on a slow disk takes minutes.
@@ -40,6 +41,35 @@ def _typed(message: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull("the host's disk is full", hint="free space on the file system of the data directory") from error
         raise RuntimeFailed(message, detail=str(error)) from error
+
+
+class Storage(Protocol):
+    """What gives each machine its `MachineSpec.disk`: see `storage.disks` and `storage.folders`."""
+
+    def path(self, disk: str) -> Path: ...
+
+    async def create(self, disk: str, size_mib: int) -> Path: ...
+
+    async def delete(self, disk: str) -> None: ...
+
+    async def sweep(self, keep: Collection[str]) -> list[str]: ...
+
+    def space(self, disk: str) -> Space: ...
+
+
+@dataclass(frozen=True)
+class Size:
+    """The class of sizes for which one saved state will do, on a runtime with `Capabilities.fixed_size`: whole CPUs, and MiB."""
+
+    cpus: int
+    memory_mib: int
+
+    @classmethod
+    def of(cls, limits: Limits) -> Size:
+        return cls(math.ceil(limits.cpu), limits.memory_mib)
+
+    def __str__(self) -> str:
+        return f"{self.cpus}x{self.memory_mib}"
 
 
 @dataclass(frozen=True)
@@ -76,22 +106,39 @@ class Ready:
 
 
 class Machines:
-    """`state` holds one private directory per machine; `guest` is the directory that sandboxes see as `/.pandastack`.
+    """All of one runtime. `state` holds one private directory per machine; `guest` is the one that sandboxes see as `/.pandastack`.
 
-    `shared` turns a directory that many sandboxes use into the read-only view that a runtime is given. `blanks` blank machines
-    are kept for each shape; the owner runs `self.blanks.run`.
+    `shared` turns a directory that many sandboxes use into the read-only view that a runtime is given. `slots` ready machines are
+    kept for each key, and `blanks` blank ones for each shape, but where a runtime must know the state before it can prepare. The
+    owner runs `run`.
     """
 
     def __init__(
-        self, runtime: Runtime, disks: Disks, *, state: Path, guest: Path, shared: Callable[[Path], Path], blanks: int = 0
+        self,
+        runtime: Runtime,
+        disks: Storage,
+        *,
+        state: Path,
+        guest: Path,
+        shared: Callable[[Path], Path],
+        refills: Refills,
+        slots: int = 0,
+        blanks: int = 0,
     ) -> None:
         self.runtime = runtime
         self._disks = disks
         self._state = state
         self.guest = guest
         self._shared = shared
-        self.refills = Refills()
-        self.blanks: Slots[Shape, Machine] = Slots(self._blank, self.discard, self.refills, size=blanks)
+        blanks = 0 if runtime.capabilities.fixed_size else blanks
+        self.slots: Slots[SlotKey, Ready] = Slots(self.slot, self.discard_ready, refills, size=slots)
+        self.blanks: Slots[Shape, Machine] = Slots(self._blank, self.discard, refills, size=blanks)
+
+    async def run(self) -> None:
+        """Keep both pools filled until cancelled; then they are given back."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.slots.run(), name=f"refill slots of {self.runtime.name}")
+            tasks.create_task(self.blanks.run(), name=f"refill blank machines of {self.runtime.name}")
 
     def _spec(self, machine: MachineId, rootfs: Path, limits: Limits, disk: Path, guest: Path | None = None) -> MachineSpec:
         # The runtime makes mount points that an image lacks, but not in a read-only view; this one no distribution has.

@@ -21,12 +21,24 @@ from pandastack.host.storage.snapshots import Snapshots
 
 log = structlog.get_logger(__name__)
 
+_ONCE_THE_ONLY_ONE = "gvisor"  # What entries that name no runtime were on.
+
 
 async def recover(registry: Registry, snapshots: Snapshots) -> None:
-    """Find the sandboxes of an earlier life; clear what was half made."""
+    """Find the sandboxes of an earlier life; clear what was half made. Raises HostUnfit, before anything is changed.
+
+    One whose runtime does not work any more is failed if it ran; a hibernated one stays what it is, for the day on which it does.
+    """
     await asyncio.to_thread(snapshots.open)
     entries = registry.ledger.open()
-    keep: set[MachineId] = set()
+    for entry in entries:
+        entry.runtime = entry.runtime or _ONCE_THE_ONLY_ONE
+    running = {entry.runtime for entry in entries if entry.state == "running"}
+    await registry.backends.open(running)
+    for entry in entries:
+        if not entry.isolation and (backend := registry.backends.find(entry.runtime)) is not None:
+            entry.isolation, entry.own_kernel = backend.facts["isolation"], backend.facts["own_kernel"]
+    keep: dict[str, set[MachineId]] = {}
     for entry in entries:
         if entry.state == "creating":
             registry.ledger.remove(entry.request.id)
@@ -35,14 +47,18 @@ async def recover(registry: Registry, snapshots: Snapshots) -> None:
             registry.keep(Sandbox(entry, None))
         elif entry.state == "hibernated":
             _remember(registry, snapshots, entry)
+        elif registry.backends.find(entry.runtime) is None:
+            _lose(registry, Sandbox(entry, None), "runtime_missing")
         elif await _adopt(registry, entry):
-            keep.add(MachineId(entry.machine))
+            keep.setdefault(entry.runtime, set()).add(MachineId(entry.machine))
         else:
             _lose(registry, Sandbox(entry, None), "host_restarted")
-    swept = await registry.machines.sweep(keep)
+    for name in running:
+        await registry.backends.give_up(name)
+    swept = await registry.backends.sweep(keep)
     cleared = await snapshots.sweep({sandbox.entry.snapshot for sandbox in registry.list()})
     if entries or swept or cleared:
-        log.info("recovered", adopted=len(keep), known=len(entries), cleared=swept + cleared)
+        log.info("recovered", adopted=sum(map(len, keep.values())), known=len(entries), cleared=swept + cleared)
 
 
 def _remember(registry: Registry, snapshots: Snapshots, entry: Entry) -> None:
@@ -66,7 +82,7 @@ def _lose(registry: Registry, sandbox: Sandbox, reason: str) -> None:
 async def _adopt(registry: Registry, entry: Entry) -> bool:
     sandbox = Sandbox(entry, None)
     try:
-        machine = await registry.machines.adopt(MachineId(entry.machine), Path(entry.rootfs), sandbox.limits)
+        machine = await registry.machines(sandbox).adopt(MachineId(entry.machine), Path(entry.rootfs), sandbox.limits)
     except (PandastackError, OSError) as error:
         # One that resists must not keep this host, and all the others with it, from starting.
         log.error("sandbox could not be looked for", sandbox_id=sandbox.id, error=str(error))
@@ -78,7 +94,7 @@ async def _adopt(registry: Registry, entry: Entry) -> bool:
     except (GuestError, RuntimeFailed, OSError) as error:
         log.warning("sandbox was found but does not answer", sandbox_id=sandbox.id, error=str(error))
         with contextlib.suppress(PandastackError):  # What is left then is swept.
-            await registry.machines.discard(machine)
+            await registry.machines(sandbox).discard(machine)
         return False
     return True
 

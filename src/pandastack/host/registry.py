@@ -16,6 +16,7 @@ import structlog
 
 from pandastack.errors import PandastackError, SandboxNotFound
 from pandastack.host.admission import Admission
+from pandastack.host.backends import Backends
 from pandastack.host.guest import Guest
 from pandastack.host.ledger import Ledger
 from pandastack.host.machines import CONNECT_TIMEOUT_S, Machines, Ready
@@ -32,9 +33,9 @@ _EVENTS_KEPT = 10_000
 class Registry:
     """All sandboxes of this host, and the players that hold what they have."""
 
-    def __init__(self, ledger: Ledger, machines: Machines, admission: Admission) -> None:
+    def __init__(self, ledger: Ledger, backends: Backends, admission: Admission) -> None:
         self.ledger = ledger
-        self.machines = machines
+        self.backends = backends
         self.admission = admission
         # Restores are bound by CPU: more of them at once than cores only makes each of them later.
         self.starts = asyncio.Semaphore(max(2, os.cpu_count() or 1))
@@ -66,8 +67,12 @@ class Registry:
         if not self.has(sandbox):
             raise SandboxNotFound("the sandbox was deleted meanwhile", sandbox_id=sandbox.id)
 
+    def machines(self, sandbox: Sandbox) -> Machines:
+        """Those of its runtime. Raises RuntimeUnavailable, but not for one that is in memory."""
+        return self.backends.of(sandbox.entry.runtime).machines
+
     def view(self, sandbox: Sandbox) -> HostSandbox:
-        return sandbox.view(self.machines.runtime.name, self.machines.runtime.isolation)
+        return sandbox.view()
 
     async def events(self, after: int, timeout_s: float) -> builtins.list[HostEvent]:
         if not (self._events and self._events[-1].seq > after):
@@ -179,7 +184,7 @@ class Registry:
         if guest is not None:
             await guest.close()
         if sandbox.machine is not None:
-            await self.machines.discard(sandbox.machine)
+            await self.machines(sandbox).discard(sandbox.machine)
             sandbox.machine = None  # Only now: a stop that failed must be tried again.
         self.admission.release(sandbox.id)
 

@@ -50,24 +50,26 @@ class Rewinds:
         async with sandbox.lock:
             if not self._registry.has(sandbox):
                 raise SandboxNotFound("the sandbox was deleted meanwhile", sandbox_id=sandbox.id)
-            with self._registry.machines.refills.paused():
+            with self._registry.backends.refills.paused():
                 return await self._go_back(sandbox, saved, request.undo, started)
 
     async def _go_back(self, sandbox: Sandbox, saved: Saved, undo_id: SnapshotId | None, started: float) -> HostSnapshot | None:
         """The caller holds the lock."""
         before, kept = sandbox.entry, None
+        backend = await self._registry.backends.usable(before.runtime)
         fresh = identity.fresh(sandbox.id, before.request.hostname, before.env, machine_id=before.machine_id or None)
         async with contextlib.AsyncExitStack() as held, contextlib.AsyncExitStack() as undo:
             await self._reserve(sandbox, held, undo)
             if undo_id is not None and sandbox.status != "failed":
                 kept = await self._keep(sandbox, undo_id, held, undo)
             ready = await self._states.start(saved, sandbox.limits, fresh)
-            undo.push_async_callback(self._registry.machines.discard_ready, ready)
+            undo.push_async_callback(backend.machines.discard_ready, ready)
             if sandbox.ending is not None and not sandbox.ending.done():
                 # It failed meanwhile: what is being taken apart must not be taken for the new one.
                 await asyncio.wait([sandbox.ending])
             entry = before.running_in(
                 ready.machine.spec.id,
+                backend.facts,
                 token=fresh.token,
                 machine_id=fresh.machine_id,
                 boot_mode="rewind",
@@ -134,6 +136,6 @@ class Rewinds:
             if guest is not None:
                 await guest.close()
             if machine is not None:
-                await self._registry.machines.discard(machine)
+                await self._registry.machines(sandbox).discard(machine)
         except (PandastackError, OSError) as error:
             log.error("what a sandbox held before it was rewound could not be given back", sandbox_id=sandbox.id, error=str(error))

@@ -63,7 +63,7 @@ class Sandbox:
         self.working = live > 0
         self.touch()
 
-    def view(self, runtime: str, isolation: str) -> HostSandbox:
+    def view(self) -> HostSandbox:
         idle_s = 0.0 if self.busy or not self.looked else round(time.monotonic() - self.last_busy, 3)
         reason = (
             f"it is {self.status}"
@@ -82,8 +82,10 @@ class Sandbox:
             template=entry.request.template,
             template_actual=entry.template_actual,
             template_note=entry.template_note,
-            runtime=entry.runtime or runtime,
-            isolation=isolation,
+            runtime=entry.runtime,
+            isolation=entry.isolation,
+            acceleration=entry.acceleration,
+            own_kernel=entry.own_kernel,
             cpu=entry.cpu,
             memory_mb=entry.memory_mb,
             disk_mb=entry.disk_mb,
@@ -101,6 +103,7 @@ def not_running(sandbox: Sandbox, reason: str | None) -> SandboxNotRunning:
         "oom": "it used more memory than its limit and was ended",
         "exited": "its first process ended",
         "host_restarted": "its host was restarted and it could not be found again",
+        "runtime_missing": "the runtime that it was on does not work on its host any more",
         "state_lost": "what was saved of it is missing or damaged",
         "guest": "the daemon inside broke its protocol or stopped answering",
     }.get(reason or "", reason or "unknown")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -27,16 +28,16 @@ from pandastack.errors import (
     RuntimeFailed,
     SandboxNotFound,
     SandboxNotRunning,
+    SnapshotUnusable,
 )
 from pandastack.host import identity
-from pandastack.host.bakery import Bakery
+from pandastack.host.backends import Backend
 from pandastack.host.guest import Guest
 from pandastack.host.ledger import Entry
-from pandastack.host.machines import Ready, SlotKey
+from pandastack.host.machines import Ready, Size, SlotKey
 from pandastack.host.registry import Registry
 from pandastack.host.runtimes.base import Limits, Machine
 from pandastack.host.sandbox import Sandbox, not_running
-from pandastack.host.slots import Slots
 from pandastack.host.states import States
 from pandastack.wire.host import HostCreate, HostSandbox
 from pandastack.wire.ids import SandboxId
@@ -55,8 +56,9 @@ SILENCES_FORGIVEN = 1  # A machine may be so busy that a daemon is late once.
 
 @dataclass(frozen=True)
 class _Source:
-    """What a sandbox is made of. `pooled`: ready machines are kept for it."""
+    """What a sandbox is made of, and on which runtime. `pooled`: ready machines are kept for it."""
 
+    backend: Backend
     key: SlotKey
     template_actual: str
     template_note: str | None
@@ -67,13 +69,9 @@ class _Source:
 class Sandboxes:
     """All sandboxes of this host. `registry` is where they are, `states` what else may become of them."""
 
-    def __init__(self, registry: Registry, states: States, bakery: Bakery, *, slots: int) -> None:
+    def __init__(self, registry: Registry, states: States) -> None:
         self.registry = registry
         self.states = states
-        self._bakery = bakery
-        self.slots: Slots[SlotKey, Ready] = Slots(
-            registry.machines.slot, registry.machines.discard_ready, registry.machines.refills, size=slots
-        )
         self._creating: dict[SandboxId, asyncio.Task[HostSandbox]] = {}
 
     # Looking
@@ -104,11 +102,12 @@ class Sandboxes:
     async def _create(self, request: HostCreate) -> HostSandbox:
         started = time.monotonic()
         source = await (self._of_snapshot(request) if request.snapshot else self._of_template(request))
+        machines = source.backend.machines
         fresh = identity.fresh(request.id, request.hostname, {**source.env, **request.env})
         entry = Entry(
             request=request,
             state="creating",
-            runtime=self.registry.machines.runtime.name,
+            **source.backend.facts,
             template_actual=source.template_actual,
             template_note=source.template_note,
             rootfs=str(source.key.rootfs),
@@ -118,7 +117,7 @@ class Sandboxes:
             token=fresh.token,
             machine_id=fresh.machine_id,
             env=fresh.env,
-            guest=(source.key.guest or self.registry.machines.guest).name,
+            guest=(source.key.guest or machines.guest).name,
         )
         async with contextlib.AsyncExitStack() as undo:
             self.registry.admission.reserve(request.id, source.key.limits)
@@ -126,7 +125,7 @@ class Sandboxes:
             self.registry.ledger.write(entry)
             undo.callback(self.registry.ledger.remove, request.id)
             async with self.registry.starts:
-                with self.registry.machines.refills.paused():
+                with self.registry.backends.refills.paused():
                     sandbox = await self._start(entry, source, fresh, undo)
             entry.state = "running"
             entry.boot_ms = round((time.monotonic() - started) * 1000)
@@ -136,40 +135,62 @@ class Sandboxes:
         return self.registry.view(sandbox)
 
     async def _of_template(self, request: HostCreate) -> _Source:
-        baked = await self._bakery.wait(request.template, patience_s=TEMPLATE_PATIENCE_S)
-        limits = _limits(request, baked.limits)
-        image = baked.image
-        if limits.memory_mib < baked.memory_floor_mib:
-            raise InvalidRequest(
-                f"memory_mb is {limits.memory_mib}, but template {image.name} needs {baked.memory_floor_mib} to start",
-                field="memory_mb",
-                minimum=baked.memory_floor_mib,
-            )
-        key = SlotKey(image.rootfs, limits, baked.snapshot)
-        return _Source(key, image.name, image.note, image.recipe.env, pooled=limits == baked.limits)
+        backend = await self.registry.backends.choose(request.isolation)
+        baked = own = await backend.bakery.wait(request.template, patience_s=TEMPLATE_PATIENCE_S)
+        limits, image = _limits(request, own.limits), own.image
+        for field, wanted, least in (
+            ("memory_mb", limits.memory_mib, own.memory_floor_mib),
+            ("disk_mb", limits.disk_mib, own.disk_floor_mib),
+        ):
+            if wanted < least:
+                raise InvalidRequest(f"{field} is {wanted}, but template {image.name} needs {least} to start", field=field, minimum=least)
+        if backend.runtime.capabilities.fixed_size and (size := Size.of(limits)) != Size.of(own.limits):
+            self.registry.admission.require_possible(limits)
+            baked = await backend.bakery.wait(request.template, patience_s=TEMPLATE_PATIENCE_S, size=size)
+        key = SlotKey(baked.rootfs, limits, baked.snapshot)
+        return _Source(backend, key, image.name, image.note, image.recipe.env, pooled=limits == own.limits)
 
     async def _of_snapshot(self, request: HostCreate) -> _Source:
         saved = await self.states.snapshots.check(request.snapshot or "")
         origin = saved.manifest.origin
+        backend = await self.registry.backends.usable(origin.runtime)
+        if not self.registry.backends.meets(request.isolation, backend):
+            raise SnapshotUnusable(
+                f"this snapshot was made on the runtime {origin.runtime}, and can be restored on that only",
+                hint=f"leave isolation out, or ask for {origin.runtime}",
+                field="isolation",
+                reason="runtime",
+            )
         limits = _limits(request, Limits(cpu=origin.cpu, memory_mib=origin.memory_mb, disk_mib=origin.disk_mb))
         for field, wanted, least in (("memory_mb", limits.memory_mib, origin.memory_mb), ("disk_mb", limits.disk_mib, origin.disk_mb)):
             if wanted < least:
                 raise InvalidRequest(f"{field} is {wanted}, but the snapshot has {least}", field=field, minimum=least)
+        size = Size(math.ceil(origin.cpu), origin.memory_mb)
+        if backend.runtime.capabilities.fixed_size and Size.of(limits) != size:
+            raise InvalidRequest(
+                f"a snapshot of the runtime {backend.name} goes on with its own size only: {size.cpus} CPUs and {size.memory_mib} MiB",
+                field="memory_mb" if limits.memory_mib != size.memory_mib else "cpu",
+                cpu=origin.cpu,
+                memory_mb=origin.memory_mb,
+            )
         key = self.states.key(saved, limits)
-        return _Source(key, origin.template_actual, origin.template_note, origin.env, pooled=False)
+        return _Source(backend, key, origin.template_actual, origin.template_note, origin.env, pooled=False)
 
     async def _start(self, entry: Entry, source: _Source, fresh: identity.Identity, undo: contextlib.AsyncExitStack) -> Sandbox:
-        if source.pooled and (slot := self.slots.take(source.key)) is not None:
+        machines = source.backend.machines
+        if source.pooled and (slot := machines.slots.take(source.key)) is not None:
             try:
-                return await self._become(entry, slot, fresh, undo, mode="slot")
+                return await self._become(entry, source, slot, fresh, undo, mode="slot")
             except (GuestError, RuntimeFailed) as error:
                 # A slot may have died while it waited; that is no reason to fail a create.
                 log.warning("a slot was unusable", machine=slot.machine.spec.id, error=error.message)
         mode = "snapshot" if entry.request.snapshot else "restore"
-        ready = await self.registry.machines.restored(source.key, quiet=not entry.request.snapshot, blank=True)
-        return await self._become(entry, ready, fresh, undo, mode=mode)
+        ready = await machines.restored(source.key, quiet=not entry.request.snapshot, blank=True)
+        return await self._become(entry, source, ready, fresh, undo, mode=mode)
 
-    async def _become(self, entry: Entry, ready: Ready, fresh: identity.Identity, undo: contextlib.AsyncExitStack, *, mode: str) -> Sandbox:
+    async def _become(
+        self, entry: Entry, source: _Source, ready: Ready, fresh: identity.Identity, undo: contextlib.AsyncExitStack, *, mode: str
+    ) -> Sandbox:
         """Make a ready machine the sandbox of this entry. When that fails the machine is gone."""
         try:
             entry.boot_mode, entry.machine = mode, ready.machine.spec.id
@@ -179,9 +200,9 @@ class Sandboxes:
             await ready.machine.thaw()
             await identity.confirm(ready.guest, fresh)
         except BaseException:
-            await self.registry.machines.discard_ready(ready)
+            await source.backend.machines.discard_ready(ready)
             raise
-        undo.push_async_callback(self.registry.machines.discard_ready, ready)
+        undo.push_async_callback(source.backend.machines.discard_ready, ready)
         return sandbox
 
     async def delete(self, sandbox_id: SandboxId) -> None:

@@ -12,11 +12,9 @@ from typing import Any, Literal
 
 from pandastack.errors import PandastackError
 from pandastack.host import files, processes, usage
-from pandastack.host.bakery import Bakery
 from pandastack.host.diff import Diffs
 from pandastack.host.forks import Forks
 from pandastack.host.rewind import Rewinds
-from pandastack.host.runtimes.base import Probe
 from pandastack.host.sandboxes import Sandboxes
 from pandastack.wire.diff import HostChange, HostPoint
 from pandastack.wire.files import ChangeMode, FileEntry, FileEvent
@@ -32,9 +30,9 @@ from pandastack.wire.host import (
     Output,
     OutputSlice,
     ProcessExit,
-    RuntimeInfo,
 )
 from pandastack.wire.ids import HostId, ProcessId, SandboxId, SnapshotId
+from pandastack.wire.isolation import AUTO
 from pandastack.wire.processes import ExecRequest, ProcessStart, ProcessView, PtySize, SignalRequest
 from pandastack.wire.sandboxes import SandboxMetrics
 from pandastack.wire.templates import BakeProgress
@@ -47,7 +45,7 @@ _CPU_SAMPLE_S = 0.1
 class HostService:
     """See `control.hosts.Host`, where each method is described."""
 
-    def __init__(self, host_id: HostId, sandboxes: Sandboxes, forks: Forks, bakery: Bakery, probe: Probe) -> None:
+    def __init__(self, host_id: HostId, sandboxes: Sandboxes, forks: Forks) -> None:
         self.id = host_id
         self.sandboxes = sandboxes
         self._registry = sandboxes.registry
@@ -55,39 +53,30 @@ class HostService:
         self._forks = forks
         self._rewinds = Rewinds(self._states)
         self._diffs = Diffs(sandboxes)
-        self._bakery = bakery
-        self._probe = probe
+        self.backends = self._registry.backends
 
     @property
     def runtime_name(self) -> str:
-        return self._registry.machines.runtime.name
+        """What `auto` means now."""
+        best = self.backends.best()
+        return best.name if best is not None else "none"
 
     async def describe(self) -> HostInfo:
-        used = self._registry.machines.runtime
-        runtime = RuntimeInfo(
-            name=used.name,
-            works=True,
-            version=self._probe.version,
-            isolation=used.isolation,
-            capabilities={
-                "snapshot": used.capabilities.snapshot,
-                "fork_memory": used.capabilities.fork_memory,
-                "own_kernel": used.capabilities.own_kernel,
-            },
-        )
+        best = self.backends.best()
         views = []
-        for name in self._bakery.names():
-            with contextlib.suppress(PandastackError):  # A broken recipe is in the log; the others are still there.
-                views.append(self._bakery.view(name))
+        if best is not None:
+            for name in best.bakery.names():
+                with contextlib.suppress(PandastackError):  # A broken recipe is in the log; the others are still there.
+                    views.append(best.bakery.view(name))
         return HostInfo(
             id=self.id,
             version=_version(),
-            runtime=used.name,
-            runtimes=[runtime],
+            runtime=best.name if best is not None else None,
+            runtimes=list(self.backends.infos()),
             capacity=self._registry.admission.capacity(),
             templates=views,
-            slots_ready=self.sandboxes.slots.ready,
-            slots_wanted=self.sandboxes.slots.wanted,
+            slots_ready=sum(backend.machines.slots.ready for backend in self.backends.list()),
+            slots_wanted=sum(backend.machines.slots.wanted for backend in self.backends.list()),
         )
 
     async def events(self, after: int, *, timeout_s: float) -> builtins.list[HostEvent]:
@@ -275,7 +264,8 @@ class HostService:
     # Templates
 
     async def bake(self, template: str) -> AsyncGenerator[BakeProgress, None]:
-        async with contextlib.aclosing(self._bakery.follow(template)) as said:
+        backend = await self.backends.choose(AUTO)
+        async with contextlib.aclosing(backend.bakery.follow(template)) as said:
             async for progress in said:
                 yield progress
 

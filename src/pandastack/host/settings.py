@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pandastack.wire.isolation import Minimum
 
 
 class HostSettings(BaseSettings):
@@ -19,14 +20,15 @@ class HostSettings(BaseSettings):
     run_dir: Path = Path("/run/pandastack")
     captures_dir: Path | None = Field(default=None, description="where forks are copied through; a tmpfs is as fast and costs memory")
     templates_dir: Path | None = Field(default=None, description="a folder of your own templates, beside the shipped ones")
-    runtime: Literal["auto", "gvisor"] = "auto"
+    runtimes: str = Field(default="", description="the runtimes to try, such as `gvisor,qemu`; empty is all that this version has")
+    min_isolation: Minimum = Field(default="none", description="what isolates less is refused, and never chosen by `auto`")
     runsc: Path | None = Field(default=None, description="the runsc to use instead of the one on PATH or Debian's")
     kernel: Path | None = Field(
         default=None, description="a package file (.deb) of Debian's cloud kernel, for microVMs, instead of fetching one"
     )
     debian_mirror: str | None = None
     ubuntu_mirror: str | None = None
-    slots: int = Field(default=4, ge=0, le=256, description="prepared machines kept per template, for the two used last")
+    slots: int = Field(default=4, ge=0, le=256, description="prepared machines kept per template, for the two used last of each runtime")
     blanks: int = Field(default=4, ge=0, le=256, description="blank machines kept for forks and wakes, for the two shapes used last")
     max_sandboxes: int = Field(default=1000, ge=1)
     memory_overcommit: float = Field(default=2.0, ge=1.0, le=16.0)

@@ -26,7 +26,7 @@ from pandastack.errors import Conflict, DiskFull, PandastackError, SnapshotUnusa
 from pandastack.host import identity
 from pandastack.host.guest import HOOK_TIMEOUT_S, Guest
 from pandastack.host.ledger import Entry
-from pandastack.host.machines import Ready, SlotKey
+from pandastack.host.machines import Machines, Ready, SlotKey
 from pandastack.host.registry import Registry
 from pandastack.host.runtimes.base import Limits, Machine
 from pandastack.host.sandbox import Sandbox, not_running
@@ -41,12 +41,11 @@ STILL_TIMEOUT_S = 30.0  # For stopping every process, beside the hook's time.
 
 
 class States:
-    """The verbs that change the state of a sandbox. `runtime_key` says which saved states can be restored here."""
+    """The verbs that change the state of a sandbox."""
 
-    def __init__(self, registry: Registry, snapshots: Snapshots, *, runtime_key: str) -> None:
+    def __init__(self, registry: Registry, snapshots: Snapshots) -> None:
         self.registry = registry
         self.snapshots = snapshots
-        self._runtime_key = runtime_key
         self._jobs: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._returns: dict[asyncio.Task[None], str] = {}
 
@@ -124,7 +123,7 @@ class States:
             if sandbox.status == "paused":
                 await self._resume(sandbox)
             elif sandbox.status == "hibernated":
-                with self.registry.machines.refills.paused():
+                with self.registry.backends.refills.paused():
                     await self._restore(sandbox)
             elif sandbox.status != "running":
                 raise not_running(sandbox, sandbox.entry.reason)
@@ -193,7 +192,7 @@ class States:
             template_actual=entry.template_actual,
             template_note=entry.template_note,
             runtime=entry.runtime,
-            runtime_key=self._runtime_key,
+            runtime_key=self.registry.backends.of(entry.runtime).probe.key,
             guest=entry.guest,
             rootfs=entry.rootfs,
             cpu=entry.cpu,
@@ -203,17 +202,21 @@ class States:
         )
 
     def key(self, saved: Saved, limits: Limits | None = None) -> SlotKey:
-        """What restores a saved state. Raises SnapshotUnusable where this host, as it is now, cannot."""
+        """What restores a saved state, on the `machines` of its runtime.
+
+        Raises RuntimeUnavailable where that is not here, SnapshotUnusable where it, as it is now, cannot.
+        """
         origin = saved.manifest.origin
-        rootfs, guest = Path(origin.rootfs), self.registry.machines.guest.parent / origin.guest
-        if origin.runtime_key != self._runtime_key:
+        backend = self.registry.backends.of(origin.runtime)
+        rootfs, guest = Path(origin.rootfs), backend.machines.guest.parent / origin.guest
+        if origin.runtime_key != backend.probe.key:
             raise SnapshotUnusable(
                 "the saved state was made by another version of the runtime, or on another kind of processor",
-                hint=f"run the {origin.runtime} that made it (PANDASTACK_RUNSC)",
+                hint=f"run the {origin.runtime} that made it" + (" (PANDASTACK_RUNSC)" if origin.runtime == "gvisor" else ""),
                 reason="runtime",
             )
         for path, what in ((rootfs, "image"), (guest, "guest daemon")):
-            if not path.is_dir():
+            if not path.exists():
                 log.error("what a saved state needs is gone", snapshot_id=saved.manifest.id, path=str(path))
                 raise SnapshotUnusable(
                     f"the {what} that the saved state needs is gone from this host",
@@ -222,6 +225,10 @@ class States:
                 )
         saved_limits = Limits(cpu=origin.cpu, memory_mib=origin.memory_mb, disk_mib=origin.disk_mb)
         return SlotKey(rootfs, limits or saved_limits, saved.folder, guest)
+
+    def machines(self, saved: Saved) -> Machines:
+        """Those of the runtime that saved it. Raises RuntimeUnavailable."""
+        return self.registry.backends.of(saved.manifest.origin.runtime).machines
 
     async def own(self, sandbox: Sandbox, snapshot_id: SnapshotId) -> Saved:
         """A snapshot of this very sandbox, checked. Raises as `Snapshots.check`, and Conflict for another sandbox's."""
@@ -264,7 +271,7 @@ class States:
     async def _let_go(self, sandbox: Sandbox, left: Ready) -> None:
         """Give back what a hibernated sandbox had, in a moment in which nobody waits for it."""
         try:
-            await self.registry.machines.discard_ready(left)
+            await self.registry.machines(sandbox).discard_ready(left)
         except (PandastackError, OSError) as error:
             log.error("what a hibernated sandbox held could not be given back", sandbox_id=sandbox.id, error=str(error))
             if sandbox.machine is None:
@@ -276,15 +283,17 @@ class States:
             await self.registry.end(sandbox)
         before = sandbox.entry
         started = time.monotonic()
+        backend = await self.registry.backends.usable(before.runtime)
         async with contextlib.AsyncExitStack() as undo:
             self.registry.admission.reserve(sandbox.id, sandbox.limits)
             undo.callback(self.registry.admission.release, sandbox.id)
             saved = self.snapshots.get(before.snapshot)
             fresh = identity.fresh(sandbox.id, before.request.hostname, before.env, machine_id=before.machine_id or None)
             ready = await self.start(saved, sandbox.limits, fresh)
-            undo.push_async_callback(self.registry.machines.discard_ready, ready)
+            undo.push_async_callback(backend.machines.discard_ready, ready)
             entry = before.running_in(
                 ready.machine.spec.id,
+                backend.facts,
                 token=fresh.token,
                 machine_id=fresh.machine_id,
                 boot_mode="wake",
@@ -303,8 +312,9 @@ class States:
 
         All or nothing.
         """
+        machines = self.machines(saved)
         # Reading all of it twice, one after the other, would double the time. What is restored does nothing yet.
-        restoring = asyncio.create_task(self._restored(self.key(saved, limits)))
+        restoring = asyncio.create_task(self._restored(machines, self.key(saved, limits)))
         try:
             await self.snapshots.check(saved.manifest.id)
             ready = await asyncio.shield(restoring)
@@ -312,18 +322,18 @@ class States:
             restoring.cancel()
             (outcome,) = await asyncio.gather(restoring, return_exceptions=True)
             if not isinstance(outcome, BaseException):
-                await self.registry.machines.discard_ready(outcome)
+                await machines.discard_ready(outcome)
             raise
         try:
             await identity.confirm(ready.guest, fresh)
         except BaseException:
-            await self.registry.machines.discard_ready(ready)
+            await machines.discard_ready(ready)
             raise
         return ready
 
-    async def _restored(self, key: SlotKey) -> Ready:
+    async def _restored(self, machines: Machines, key: SlotKey) -> Ready:
         async with self.registry.starts:
-            return await self.registry.machines.restored(key, quiet=False, blank=True)
+            return await machines.restored(key, quiet=False, blank=True)
 
     # Snapshots
 
@@ -347,19 +357,21 @@ class States:
 
     async def verify(self, snapshot_id: SnapshotId) -> None:
         """See `control.hosts.Host.verify_snapshot`. No process in the copy runs: it never gets an identity."""
-        key = self.key(await self.snapshots.check(snapshot_id))
+        saved = await self.snapshots.check(snapshot_id)
+        machines = (await self.registry.backends.reach(saved.manifest.origin.runtime)).machines
+        key = self.key(saved)
         # It takes room like a sandbox, under a name that no sandbox has.
         name = SandboxId(f"verify-{snapshot_id}")
         self.registry.admission.reserve(name, key.limits)
         try:
             async with self.registry.starts:
-                ready = await self.registry.machines.restored(key, quiet=False)
+                ready = await machines.restored(key, quiet=False)
             try:
                 health = await ready.guest.health()
                 if not (health.sealed and health.frozen):
                     raise SnapshotUnusable("the restored copy is not as it was saved", hint="take another snapshot", reason="damaged")
             finally:
-                await self.registry.machines.discard_ready(ready)
+                await machines.discard_ready(ready)
         finally:
             self.registry.admission.release(name)
 

@@ -21,7 +21,7 @@ async def of_sandbox(registry: Registry, snapshots: Snapshots, sandbox: Sandbox)
     if machine is not None:
         with contextlib.suppress(RuntimeFailed):  # It has just ended.
             memory = await machine.memory()
-        disk = await asyncio.to_thread(registry.machines.disk_space, machine)
+        disk = await asyncio.to_thread(registry.machines(sandbox).disk_space, machine)
     if status == "hibernated":
         with contextlib.suppress(SnapshotNotFound):
             stored = await asyncio.to_thread(snapshots.space, saved)

@@ -22,7 +22,8 @@ class Record(BaseModel):
 class HostCreate(Record):
     """Make sandbox `id`, of a template or as the continuation of `snapshot`. Repeating it while it exists answers the existing one.
 
-    Sizes are MiB. With a snapshot, limits left out are the snapshot's, and `env` goes over its environment.
+    Sizes are MiB; what is left out is the template's, or with a snapshot the snapshot's. With one `env` goes over its environment.
+    `isolation` is `auto`, `microvm`, or the name of a runtime; with a snapshot it must be what the snapshot was made on.
     """
 
     id: SandboxId
@@ -33,6 +34,7 @@ class HostCreate(Record):
     memory_mb: int | None = None
     disk_mb: int | None = None
     snapshot: SnapshotId | None = None
+    isolation: str = "auto"
 
 
 class HostChild(Record):
@@ -77,10 +79,10 @@ class HostSnapshot(Record):
 
 
 class HostSandbox(Record):
-    """A sandbox as its host knows it. `busy` is true while user processes run or requests are in flight.
+    """A sandbox as its host knows it. `runtime` to `own_kernel` say what it really runs on, as in `RuntimeInfo`.
 
-    `idle_s` is 0 while busy, else the seconds since it last was; `idle_reason` puts that in words. `stored_bytes` is what a
-    hibernated one takes on disk.
+    `busy` is true while user processes run or requests are in flight. `idle_s` is 0 while busy, else the seconds since it last
+    was; `idle_reason` puts that in words. `stored_bytes` is what a hibernated one takes on disk.
     """
 
     id: SandboxId
@@ -91,6 +93,8 @@ class HostSandbox(Record):
     template_note: str | None = None
     runtime: str
     isolation: str
+    acceleration: str | None = None
+    own_kernel: bool = False
     cpu: float
     memory_mb: int
     disk_mb: int
@@ -123,7 +127,11 @@ class HostCapacity(Record):
 
 
 class RuntimeInfo(Record):
-    """One runtime on this host: whether it works here, and if not why and what to do."""
+    """One runtime on this host: whether it works here, and if not why and what to do.
+
+    `isolation` is `none`, `gvisor` or `microvm`; `acceleration` what runs the code of a microVM, `kvm` or `tcg` (emulation). Of
+    one that does not work they say what it would have at best.
+    """
 
     name: str
     works: bool
@@ -131,11 +139,15 @@ class RuntimeInfo(Record):
     reason: str | None = None
     hint: str | None = None
     isolation: str = ""
+    acceleration: str | None = None
     capabilities: dict[str, bool] = {}
 
 
 class HostInfo(Record):
-    """Reported upward on request. `defaults` and limits let placement refuse before anything is spent."""
+    """Reported upward on request. `runtime` is the one that `auto` means; `runtimes` are the strongest first.
+
+    Defaults and limits let placement refuse before anything is spent.
+    """
 
     id: HostId
     version: str

@@ -1,7 +1,9 @@
 """The fake driver: keeps the contract of `base` with machines that are objects of this process.
 
 One thread serves all guests, as if they were processes of their own: they go on when the event loop of the host that made
-them is gone, and the same FakeRuntime handed to a new host lets it adopt them. Steps can be made to fail or to hang by
+them is gone, and the same FakeRuntime handed to a new host lets it adopt them. It can stand for a runtime with a kernel of
+its own: then a root is a file, of which each machine has a copy of the size of its disk. A saved state is refused on another
+runtime, and with a fixed size by a machine of another size. Steps can be made to fail or to hang by
 name: `prepare`, `prepared`, `start`, `restore`, `restored`, `connect`, `snapshot`, `freeze`, `thaw`, `usage`, `memory`, `stop`, `adopt`,
 `sweep`, `probe`; in the guest `hello`, each method of the protocol, and `identity` for `machine.identity`.
 """
@@ -14,6 +16,7 @@ import itertools
 import math
 import os
 import select
+import shutil
 import socket
 import threading
 import time
@@ -24,7 +27,8 @@ from pandastack.errors import GuestError, GuestGone, PandastackError, RuntimeFai
 from pandastack.host.runtimes.base import Capabilities, Channel, EndReason, MachineId, MachineSpec, Memory, Probe, Usage
 from pandastack.host.runtimes.fake.guest import FakeGuest
 
-_SAVED, _MARK = "state", "fake-machine"
+_SAVED, _MARK, _MADE_ON = "state", "fake-machine", "made-on"
+ROOT = "root.img"
 _GUEST_STEPS = ("hello", "process.", "file.", "machine.")
 _pids = itertools.count(100_001)
 
@@ -63,6 +67,11 @@ class FakeMachine:
         self._born = time.monotonic()
         (spec.state / _MARK).write_text(spec.id)
 
+    def _made_on(self) -> str:
+        """What a machine must be to go on from a state of this one."""
+        limits, fixed = self.spec.limits, self._runtime.capabilities.fixed_size
+        return f"{self._runtime.name} {math.ceil(limits.cpu)} {limits.memory_mib}" if fixed else self._runtime.name
+
     async def _step(self, name: str) -> None:
         await self._runtime.step(name)
         if self._over is not None:
@@ -80,6 +89,8 @@ class FakeMachine:
     async def restore(self, snapshot: Path) -> None:
         await self._step("restore")
         try:
+            if (snapshot / _MADE_ON).read_text() != self._made_on():
+                raise ValueError(f"it is of another machine than {self._made_on()}")
             self._boot((snapshot / _SAVED).read_text())
         except (OSError, ValueError, SyntaxError) as error:
             raise RuntimeFailed("there is no such saved state", detail=str(error)) from error
@@ -97,6 +108,7 @@ class FakeMachine:
             if self.guest is None:
                 raise RuntimeFailed("the machine does not run")
             (into / _SAVED).write_text(self.guest.save())
+            (into / _MADE_ON).write_text(self._made_on())
         if not resume:
             self.end("exited")
 
@@ -198,6 +210,14 @@ class FakeMachine:
             return None
 
 
+def _clone_root(spec: MachineSpec) -> None:
+    size_bytes = spec.limits.disk_mib << 20
+    if spec.rootfs.stat().st_size > size_bytes:
+        raise RuntimeFailed("the image does not fit on the disk")
+    shutil.copyfile(spec.rootfs, spec.disk / ROOT)
+    os.truncate(spec.disk / ROOT, size_bytes)
+
+
 def _finish(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
@@ -206,12 +226,19 @@ def _finish(waiter: asyncio.Future[None]) -> None:
 class FakeRuntime:
     """See `base.Runtime`. `steps` is every step so far, in order; `machines` are those that were not stopped."""
 
-    name = "fake"
-    isolation = "none"
-    acceleration: str | None = None
-    capabilities = Capabilities(snapshot=True, fork_memory=True, own_kernel=False)
-
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        name: str = "fake",
+        *,
+        isolation: str = "none",
+        acceleration: str | None = None,
+        capabilities: Capabilities | None = None,
+    ) -> None:
+        self.name = name
+        self.isolation = isolation
+        self.acceleration = acceleration
+        self.capabilities = capabilities or Capabilities(snapshot=True, fork_memory=True, own_kernel=False)
+        self.outcome = Probe(works=True, version="1", key=f"{name}-1")  # Of the probe.
         self.lock = threading.RLock()
         self.machines: dict[MachineId, FakeMachine] = {}
         self.steps: list[str] = []
@@ -288,10 +315,12 @@ class FakeRuntime:
 
     async def probe(self) -> Probe:
         await self.step("probe")
-        return Probe(works=True, version="1", key="fake-1")
+        return self.outcome
 
     async def prepare(self, spec: MachineSpec) -> FakeMachine:
         await self.step("prepare")
+        if self.capabilities.image:
+            _clone_root(spec)
         machine = FakeMachine(self, spec)
         self.machines[spec.id] = machine
         try:
