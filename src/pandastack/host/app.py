@@ -63,7 +63,15 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
     await asyncio.to_thread(pool.open)
     try:
         shown = views.view(guest)
-        here = Surroundings(settings=settings, run_dir=run_dir, group=f"pandastack-{install}", guest=shown, keeper=keeper, say=say)
+        here = Surroundings(
+            settings=settings,
+            run_dir=run_dir,
+            group=f"pandastack-{install}",
+            guest=shown,
+            roots=pool.root / "roots",
+            keeper=keeper,
+            say=say,
+        )
         parts = _Parts(settings, pool, views, guest, guest_digest)
         backends = Backends(offers(here), parts.backend, parts.refills, minimum=settings.min_isolation)
         registry = Registry(Ledger(settings.data_dir / "ledger"), backends, parts.admission)
@@ -143,7 +151,8 @@ class _Parts:
         bakery = Bakery(
             self._images,
             machines,
-            root=settings.cache_dir / f"states{suffix}",
+            # Disks of machines are cloned from that of the state, which shares blocks only on one file system.
+            root=(self._pool.root if runtime.capabilities.image else settings.cache_dir) / f"states{suffix}",
             runtime_key=probe.key,
             guest_digest=self._guest_digest,
             admission=self.admission,
@@ -157,7 +166,7 @@ def _leave(run_dir: Path, views: ReadOnly, keeper: Keeper, pool: Pool) -> None:
     views.withdraw()
     keeper.close()
     pool.close()
-    for directory in (run_dir / "gv", run_dir):
+    for directory in (run_dir / "gv", run_dir / "q", run_dir):
         with contextlib.suppress(OSError):
             directory.rmdir()
 

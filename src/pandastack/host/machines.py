@@ -109,8 +109,7 @@ class Machines:
     """All of one runtime. `state` holds one private directory per machine; `guest` is the one that sandboxes see as `/.pandastack`.
 
     `shared` turns a directory that many sandboxes use into the read-only view that a runtime is given. `slots` ready machines are
-    kept for each key, and `blanks` blank ones for each shape, but where a runtime must know the state before it can prepare. The
-    owner runs `run`.
+    kept for each key, and `blanks` blank ones for each shape. The owner runs `run`.
     """
 
     def __init__(
@@ -130,7 +129,6 @@ class Machines:
         self._state = state
         self.guest = guest
         self._shared = shared
-        blanks = 0 if runtime.capabilities.fixed_size else blanks
         self.slots: Slots[SlotKey, Ready] = Slots(self.slot, self.discard_ready, refills, size=slots)
         self.blanks: Slots[Shape, Machine] = Slots(self._blank, self.discard, refills, size=blanks)
 

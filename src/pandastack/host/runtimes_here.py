@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import which
 
 from pandastack.errors import HostUnfit
-from pandastack.host import fetch_runsc
+from pandastack.host import fetch_runsc, kernels
 from pandastack.host.backends import Found, Offer
 from pandastack.host.keeper import Keeper
 from pandastack.host.runtimes.base import Probe
 from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
+from pandastack.host.runtimes.qemu.driver import QemuRuntime
 from pandastack.host.settings import HostSettings
+from pandastack.host.storage import space
+from pandastack.host.storage.roots import Roots
 from pandastack.wire.isolation import RUNTIMES
 
 
@@ -23,13 +27,15 @@ from pandastack.wire.isolation import RUNTIMES
 class Surroundings:
     """What drivers are made with. `guest` is the folder of the guest daemon, as sandboxes may see it.
 
-    `group` marks every kernel object of this install; `run_dir` is its own and short. `say` gets a line for each long step.
+    `group` marks every kernel object of this install; `run_dir` is its own and short. `roots` is the folder of root images, on
+    the file system that disks are on. `say` gets a line for each long step.
     """
 
     settings: HostSettings
     run_dir: Path
     group: str
     guest: Path
+    roots: Path
     keeper: Keeper
     say: Callable[[str], None]
 
@@ -70,4 +76,37 @@ def _gvisor(here: Surroundings) -> Offer:
     return Offer(name="gvisor", isolation="gvisor", own_kernel=False, at_once=True, find=find)
 
 
-_OFFERS: dict[str, Callable[[Surroundings], Offer]] = {"gvisor": _gvisor}
+def _qemu(here: Surroundings) -> Offer:
+    settings = here.settings
+
+    async def find() -> Found:
+        """QEMU with a guest kernel, and with KVM where a guest kernel runs on it."""
+        binary = qemu(settings)
+        if binary is None:
+            return None, Probe(works=False, reason="QEMU is not installed", hint="apt install qemu-system-x86, or set PANDASTACK_QEMU")
+        kernel = await kernels.ensure(
+            settings.cache_dir / "kernels", here.guest, debian_mirror=settings.debian_mirror, say=here.say, setting=settings.kernel
+        )
+        runtime = QemuRuntime(
+            binary,
+            vmlinux=kernel.vmlinux,
+            initramfs=kernel.initramfs,
+            digest=kernel.digest,
+            root=here.run_dir / "q",
+            group=f"{here.group}-qemu",
+            clone=space.clone,
+            cache=settings.cache_dir / "qemu",
+        )
+        return runtime, await runtime.probe()
+
+    # At best there is KVM, so `auto` waits for the answer.
+    return Offer(name="qemu", isolation="microvm", own_kernel=True, acceleration="kvm", find=find, rootfs=Roots(here.roots).ensure)
+
+
+def qemu(settings: HostSettings) -> Path | None:
+    """The QEMU to use: the setting, else the one on PATH."""
+    found = settings.qemu or which("qemu-system-x86_64")
+    return Path(found) if found else None
+
+
+_OFFERS: dict[str, Callable[[Surroundings], Offer]] = {"gvisor": _gvisor, "qemu": _qemu}

@@ -23,6 +23,7 @@ class HostSettings(BaseSettings):
     runtimes: str = Field(default="", description="the runtimes to try, such as `gvisor,qemu`; empty is all that this version has")
     min_isolation: Minimum = Field(default="none", description="what isolates less is refused, and never chosen by `auto`")
     runsc: Path | None = Field(default=None, description="the runsc to use instead of the one on PATH or Debian's")
+    qemu: Path | None = Field(default=None, description="the QEMU to use instead of the one on PATH")
     kernel: Path | None = Field(
         default=None, description="a package file (.deb) of Debian's cloud kernel, for microVMs, instead of fetching one"
     )

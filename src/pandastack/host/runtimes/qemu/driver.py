@@ -38,6 +38,7 @@ _TRIAL_TIMEOUT_S = {"kvm": 5.0, "tcg": 90.0}
 _TRIAL_SIZE = command.Size(cpus=1, memory_mib=128)
 # What the guest daemon says where a machine has no root file system. Then kernel, modules, disk and user space work.
 _ARRIVED = "this machine cannot start: root file system"
+_VERDICTS_KEPT = 16
 _REMEDY = "install QEMU 7.2 or newer (apt install qemu-system-x86), or use gVisor"
 
 
@@ -53,7 +54,8 @@ class QemuRuntime:
     """See `base.Runtime`. `root` must be short (a socket path is at most 107 bytes) and private to this install.
 
     `vmlinux`, `initramfs` and `digest` are those of a guest kernel as `host.kernels` makes it. `group` is the parent of the machines'
-    cgroups and of no others. `clone` makes a new file with the content of another one, sharing its blocks where it can.
+    cgroups and of no others. `clone` makes a new file with the content of another one, sharing its blocks where it can. `cache` is a
+    folder for what probing found out; others may use it too.
     """
 
     name = "qemu"
@@ -70,6 +72,7 @@ class QemuRuntime:
         root: Path,
         group: str,
         clone: Callable[[Path, Path], None],
+        cache: Path | None = None,
         accelerator: Literal["auto", "kvm", "tcg"] = "auto",
     ) -> None:
         self.acceleration: str | None = None
@@ -77,6 +80,7 @@ class QemuRuntime:
         self.key = ""
         self.root = root
         self.clone = clone
+        self._cache = cache or root / "cache"
         self.arenas = capture.Arenas()
         self._binary = binary
         self._vmlinux, self._initramfs, self._digest = vmlinux, initramfs, digest
@@ -197,17 +201,17 @@ class QemuRuntime:
         self._tsc_khz = _tsc_khz()
         identity = [launch.boot_id(), self.version, str(self._binary.stat().st_mtime_ns), self._digest, self._accelerator]
         identity += [command.template("kvm"), command.template("tcg")]
-        kept = self.root / "cache" / f"{hashlib.sha256(chr(10).join(identity).encode()).hexdigest()[:32]}.json"
+        kept = self._cache / f"{hashlib.sha256(chr(10).join(identity).encode()).hexdigest()[:32]}.json"
         with contextlib.suppress(OSError, ValueError, TypeError):
             verdict = Verdict(**json.loads(kept.read_text()))
             if verdict.acceleration in ("kvm", "tcg"):
                 return verdict
         verdict = self._try_all()
         if verdict.acceleration is not None:
-            kept.parent.mkdir(mode=0o700, exist_ok=True)
-            for old in kept.parent.glob("*.json"):
+            kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for old in sorted(kept.parent.glob("*.json"), key=_changed)[:-_VERDICTS_KEPT]:
                 old.unlink(missing_ok=True)
-            new = kept.with_suffix(".new")
+            new = kept.with_suffix(f".{os.getpid()}")
             new.write_text(json.dumps({"acceleration": verdict.acceleration, "why": verdict.why}))
             new.replace(kept)
         return verdict
@@ -310,6 +314,13 @@ def size_of(limits: Limits) -> tuple[int, int]:
     """CPUs and MiB of a machine with these limits; a saved state fits machines of the same size."""
     size = command.Size.of(limits)
     return size.cpus, size.memory_mib
+
+
+def _changed(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # Another host of this machine removed it.
+        return 0.0
 
 
 def _tsc_khz() -> int:
