@@ -500,6 +500,21 @@ async def test_a_frozen_machine_is_saved_on_the_way_and_its_copies_are_others(be
             assert lines == ([str(n) for n in range(1, len(lines) + 1)] if bench.real else ["late"])
 
 
+async def test_a_machine_that_waited_frozen_is_as_good_as_a_new_one(bench: Bench) -> None:
+    into = bench.root / "saved"
+    into.mkdir()
+    async with bench.started() as (machine, guest):
+        await guest.close()
+        await machine.snapshot(into, resume=False)
+    copy = await bench.prepared()
+    await copy.freeze()
+    await copy.thaw()
+    await copy.restore(into)
+    async with bench.guest_of(copy) as guest:
+        await guest.write_file("/root/file", b"content")
+        assert await say(guest, "cat /root/file") == ("content", 0)
+
+
 async def test_a_freeze_holds_and_can_be_taken_back(bench: Bench) -> None:
     async with bench.started() as (_, guest):
         await guest.start(ProcessSpec(shell="sleep 0.3; echo done", timeout_s=2, id="p"))

@@ -324,8 +324,10 @@ class QemuMachine:
             if self._frozen == frozen:
                 return
             self._alive()
-            with client.opened(self._control) as qmp:
-                qmp.call("stop" if frozen else "cont")
+            # One that waits for a state uses no CPU. A `cont` would open its disks for writing before they are its own.
+            if self._running:
+                with client.opened(self._control) as qmp:
+                    qmp.call("stop" if frozen else "cont")
             self._frozen = frozen
 
     def _connect(self) -> Channel:
