@@ -128,6 +128,7 @@ class QemuMachine:
             self._address = int(record["address"])
             if record["restored"]:
                 self._base_fd = _mapped(process.pid, self._address, self.size.memory_bytes)
+            self._runtime.remember(self.spec.id, Path(f"/proc/{process.pid}").stat().st_uid)
         except (RuntimeFailed, OSError) as error:
             _log.warning("machine %s cannot be taken over: %s", self.spec.id, error)
             process.close()
