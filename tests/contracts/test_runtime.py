@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -23,7 +25,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +40,7 @@ from pandastack.host.runtimes.base import Limits, Machine, MachineId, MachineSpe
 from pandastack.host.runtimes.fake import FakeRuntime
 from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
 from pandastack.host.runtimes.qemu.driver import QemuRuntime
+from pandastack.host.runtimes.qemu.machine import BOOT_TIMEOUT_S, QemuMachine
 from pandastack.host.storage import space
 from pandastack.host.storage.disks import Disks
 from pandastack.host.storage.images import Image, Images
@@ -816,6 +819,164 @@ def _is_keeper(cmdline: Path, root: Path) -> bool:
     except OSError:
         return False
     return b"keeper.py" in words and os.fsencode(root) in words
+
+
+@pytest.mark.parametrize("bench", ["qemu"], indirect=True)
+class TestMicrovm:
+    """What only a machine with a kernel of its own can promise, or must."""
+
+    @staticmethod
+    def _ram(machine: Machine) -> str:
+        """The range of addresses at which its process has mapped the saved memory."""
+        assert isinstance(machine, QemuMachine)
+        return f"{machine._address:x}-{machine._address + machine.size.memory_bytes:x}"
+
+    async def test_its_process_may_do_nothing(self, bench: Bench) -> None:
+        async with bench.started() as (machine, _):
+            pid = (await machine.usage()).pid
+            status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+            (uid,) = set(status["Uid"].split())
+            assert int(uid) >= 0x70000000
+            assert set(status["Gid"].split()) == {uid}
+            assert status["Groups"].strip() == ""
+            assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+            assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+            for kind in ("mnt", "ipc", "uts", "net"):
+                assert Path(f"/proc/{pid}/ns/{kind}").readlink() != Path(f"/proc/self/ns/{kind}").readlink()
+            assert f"/{bench.group}/{machine.spec.id}" in Path(f"/proc/{pid}/cgroup").read_text()
+            async with bench.started() as (other, _):
+                assert Path(f"/proc/{(await other.usage()).pid}").stat().st_uid != int(uid)
+            for socket in bench.run.glob("*.[cq]"):
+                assert (socket.stat().st_uid, socket.stat().st_mode & 0o777) == (0, 0o600)
+
+    async def test_its_process_cannot_write_the_memory_that_others_map(self, bench: Bench) -> None:
+        assert bench.microvms is not None
+        shared = bench.microvms.template / "mem"
+        before = await asyncio.to_thread(_digest, shared)
+        async with bench.started() as (machine, guest):
+            pid = (await machine.usage()).pid
+            mapped = f"/proc/{pid}/map_files/{self._ram(machine)}"
+            assert Path(mapped).readlink() == shared
+            script = f'for f in /proc/{pid}/fd/* {mapped} {shared}; do (exec 3<>"$f") 2>/dev/null && readlink -f "$f"; done; true'
+
+            def opened(*prefix: str) -> str:
+                return subprocess.run([*prefix, "sh", "-c", script], capture_output=True, text=True, check=True).stdout
+
+            uid = str(Path(f"/proc/{pid}").stat().st_uid)
+            its = opened("setpriv", "--reuid", uid, "--regid", uid, "--clear-groups")
+            assert "/dev/null" in its, "it could not look at all"
+            assert str(shared) not in its
+            assert str(shared) in opened(), "root can, so the question was the right one"
+            await say(guest, "head -c 60000000 /dev/urandom >/dev/shm/x; sync")
+        assert await asyncio.to_thread(_digest, shared) == before
+
+    async def test_machines_of_one_state_share_what_they_did_not_write(self, bench: Bench) -> None:
+        async with bench.started() as (one, guest), bench.started() as (other, _):
+            alone = await other.memory()
+            before = await one.memory()
+            assert await say(guest, "head -c 50000000 /dev/urandom | tail -c 50000000 >/dev/shm/x; echo on") == ("on\n", 0)
+            after = await one.memory()
+            assert after.own_bytes - before.own_bytes > 48 << 20
+            assert (await other.memory()).own_bytes - alone.own_bytes < 8 << 20
+            assert min(alone.shared_bytes, after.shared_bytes) > 32 << 20
+            for machine in (one, other):
+                fields = _mapping((await machine.usage()).pid, self._ram(machine))
+                assert fields["Shared_Clean"] + fields["Shared_Dirty"] > 8 << 10, "the pages are the same ones"
+
+    async def test_forks_of_forks_need_no_earlier_state(self, bench: Bench) -> None:
+        """Three generations, the second of them adopted after a restart; each state is removed before the next one is made."""
+        first, second = _made(bench.root / "first"), _made(bench.root / "second")
+        write = "head -c 20000000 /dev/urandom >/dev/shm/{0}; cp /dev/shm/{0} /root/{0}; sha256sum </dev/shm/{0}"
+        async with bench.started() as (machine, guest):
+            a, _ = await say(guest, write.format("a"))
+            await machine.snapshot(first, resume=True)
+            assert await say(guest, "rm /dev/shm/a /root/a; echo gone") == ("gone\n", 0)
+        child = await bench.prepared()
+        await child.restore(first)
+        shutil.rmtree(first)
+        async with bench.guest_of(child) as guest:
+            b, _ = await say(guest, write.format("b"))
+        forget(bench, child)
+        bench.runtime = reborn(bench)
+        await bench.runtime.probe()
+        adopted = await bench.runtime.adopt(child.spec)
+        assert adopted is not None
+        bench.made.append(adopted)
+        await adopted.snapshot(second, resume=True)
+        async with bench.guest_of(adopted) as guest:
+            await say(guest, "rm /dev/shm/* /root/?")
+        grandchild = await bench.prepared()
+        await grandchild.restore(second)
+        await adopted.stop()
+        shutil.rmtree(second)
+        async with bench.guest_of(grandchild) as guest:
+            await say(guest, "echo 3 >/proc/sys/vm/drop_caches")
+            for name, digest in (("a", a), ("b", b)):
+                assert await say(guest, f"sha256sum </dev/shm/{name}; sha256sum </root/{name}") == (digest * 2, 0)
+
+    async def test_a_state_says_how_long_its_machine_stood_still(self, bench: Bench) -> None:
+        into = _made(bench.root / "saved")
+        async with bench.started() as (machine, guest):
+            await say(guest, "head -c 50000000 /dev/urandom >/dev/shm/x")
+            await machine.snapshot(into, resume=True)
+        facts = json.loads((into / "machine.json").read_text())
+        assert 48 << 20 < facts["own_bytes"] < 128 << 20
+        assert facts["pause_ms"] < 250, f"20 ms on a machine that does nothing else: {facts}"
+        assert (into / "mem").stat().st_size == LIMITS.memory_mib << 20
+        taken = space.of(into / "mem")
+        assert taken.own_bytes < 2 * facts["own_bytes"]
+        assert taken.shared_bytes > 16 << 20, "pages of the state before are shared with it"
+        assert (into / "disk").stat().st_blocks > 0
+        assert space.of(into / "disk").own_bytes < 16 << 20
+
+    async def test_a_machine_goes_on_when_it_could_not_be_saved(self, bench: Bench) -> None:
+        into = _made(bench.root / "saved")
+        (into / "disk").touch()
+        async with bench.started() as (machine, guest):
+            with pytest.raises(RuntimeFailed):
+                await machine.snapshot(into, resume=True)
+            assert await say(guest, "echo on") == ("on\n", 0)
+
+    async def test_one_that_cannot_boot_says_why(self, bench: Bench) -> None:
+        spec = await bench.spec()
+        garbage = bench.root / "garbage"
+        garbage.write_bytes(b"garbage" * 100_000)
+        machine = await bench.runtime.prepare(replace(spec, rootfs=garbage))
+        bench.made.append(machine)
+        with pytest.raises(RuntimeFailed) as failed:
+            await machine.start()
+        assert "root file system" in failed.value.fields["detail"]
+
+    async def test_one_that_hangs_is_started_again(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert isinstance(bench.runtime, QemuRuntime)
+        monkeypatch.setitem(BOOT_TIMEOUT_S, bench.runtime.accelerated, 15)
+        machine = await bench.prepared()
+        # Of the QEMUs that are told to boot, the first one does not let its CPU run.
+        hangs = bench.root / "qemu"
+        mark = bench.root / "mark"
+        hangs.write_text(f'#!/bin/sh\n[ -e {mark} ] && exec {bench.runtime._binary} "$@"\nexec {bench.runtime._binary} "$@" -S\n')
+        hangs.chmod(0o755)
+        bench.root.chmod(0o755)
+        bench.runtime._binary = hangs
+        starting = asyncio.create_task(machine.start())
+        await asyncio.sleep(10)
+        assert not starting.done()
+        mark.touch()
+        await starting
+        async with bench.guest_of(machine) as guest:
+            assert await say(guest, "echo hi") == ("hi\n", 0)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _mapping(pid: int, addresses: str) -> dict[str, int]:
+    """KiB of one mapping, by the names of /proc/PID/smaps."""
+    _, _, rest = Path(f"/proc/{pid}/smaps").read_text().partition(f"{addresses} ")
+    fields = [line.split() for line in rest.splitlines()[1:24]]
+    return {words[0].rstrip(":"): int(words[1]) for words in fields if len(words) == 3 and words[2] == "kB"}
 
 
 class TestGvisorProbe:

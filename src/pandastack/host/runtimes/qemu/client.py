@@ -108,6 +108,9 @@ class Connection:
         return None
 
     def _line(self, ends: float, what: str) -> dict[str, Any]:
+        # Also where there is always something to read: a flood of events is no answer.
+        if time.monotonic() > ends:
+            raise TimedOut(f"QEMU did not answer {what} in time")
         while b"\n" not in self._data:
             if len(self._data) > _MOST_LINE_BYTES:
                 raise RuntimeFailed("QEMU answered without end")

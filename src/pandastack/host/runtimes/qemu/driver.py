@@ -24,7 +24,7 @@ from typing import Literal
 
 from pandastack.errors import HostUnfit, RuntimeFailed
 from pandastack.host.runtimes import cgroups
-from pandastack.host.runtimes.base import Capabilities, Limits, MachineId, MachineSpec, Probe
+from pandastack.host.runtimes.base import Capabilities, MachineId, MachineSpec, Probe
 from pandastack.host.runtimes.qemu import capture, command, launch
 from pandastack.host.runtimes.qemu.command import Acceleration
 from pandastack.host.runtimes.qemu.launch import Process
@@ -115,6 +115,11 @@ class QemuRuntime:
                 self._uids[machine] = uid
             return self._uids[machine]
 
+    def remember(self, machine: str, uid: int) -> None:
+        """A machine of an earlier life of this daemon has that one."""
+        with self._uids_lock:
+            self._uids[machine] = uid
+
     def forget(self, machine: str) -> None:
         """Its user may be another machine's from now on."""
         with self._uids_lock:
@@ -164,7 +169,8 @@ class QemuRuntime:
                 works=False, reason=f"the guest kernel or the run directory cannot be used ({error})", hint="run `pandastack setup`"
             )
         if verdict.acceleration is None:
-            return Probe(works=False, version=self.version, reason=verdict.why, hint=_REMEDY)
+            hint = "choose the accelerator auto or tcg, or a machine with KVM" if self._accelerator == "kvm" else _REMEDY
+            return Probe(works=False, version=self.version, reason=verdict.why, hint=hint)
         self.acceleration = verdict.acceleration
         tied_to = _cpu() if verdict.acceleration == "kvm" else str(self._tsc_khz)
         parts = (self.version, self._digest, command.template(verdict.acceleration), verdict.acceleration, tied_to)
@@ -310,12 +316,6 @@ class QemuRuntime:
             (self.root / f"{machine}.{suffix}").unlink(missing_ok=True)
 
 
-def size_of(limits: Limits) -> tuple[int, int]:
-    """CPUs and MiB of a machine with these limits; a saved state fits machines of the same size."""
-    size = command.Size.of(limits)
-    return size.cpus, size.memory_mib
-
-
 def _changed(file: Path) -> float:
     try:
         return file.stat().st_mtime
@@ -323,9 +323,9 @@ def _changed(file: Path) -> float:
         return 0.0
 
 
-def _tsc_khz() -> int:
+def _tsc_khz(cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
     """How fast this host's time stamp counter runs: Linux takes its BogoMIPS from it, two of them for each MHz."""
-    text = Path("/proc/cpuinfo").read_text()
+    text = cpuinfo.read_text()
     for pattern, factor in ((r"^bogomips\s*:\s*([\d.]+)", 500.0), (r"^cpu MHz\s*:\s*([\d.]+)", 1000.0)):
         found = re.search(pattern, text, re.MULTILINE)
         if found:

@@ -128,6 +128,7 @@ class QemuMachine:
             self._address = int(record["address"])
             if record["restored"]:
                 self._base_fd = _mapped(process.pid, self._address, self.size.memory_bytes)
+            self._runtime.remember(self.spec.id, Path(f"/proc/{process.pid}").stat().st_uid)
         except (RuntimeFailed, OSError) as error:
             _log.warning("machine %s cannot be taken over: %s", self.spec.id, error)
             process.close()
@@ -137,9 +138,8 @@ class QemuMachine:
         return True
 
     def _start(self) -> None:
-        console = ""
         with self._lock:
-            for _ in range(BOOT_ATTEMPTS):
+            for attempt in range(1, BOOT_ATTEMPTS + 1):
                 self._end_process()
                 # Anew each time: a kernel that hung may have written to it.
                 disk_fd = self._disk_from(self.spec.rootfs)
@@ -151,8 +151,11 @@ class QemuMachine:
                     self._running = True
                     self._record(self._alive())
                     return
-                _log.warning("machine %s did not boot: %s", self.spec.id, _last_line(console))
-        raise RuntimeFailed("the guest did not boot", detail=_last_line(console) or "its console said nothing")
+                said = _telling(console)
+                if self.over:  # By its own decision, so it would decide the same again.
+                    raise RuntimeFailed("the guest ended while it booted", detail=said)
+                _log.warning("machine %s hangs while it boots (attempt %d): %s", self.spec.id, attempt, said)
+        raise RuntimeFailed(f"the guest did not boot in {BOOT_ATTEMPTS} attempts", detail=said)
 
     def _boot(self, disk_fd: int) -> tuple[bool, str]:
         """Whether the guest daemon came, and what the console said."""
@@ -494,6 +497,8 @@ def _mapped(pid: int, address: int, size_bytes: int) -> int:
     return fd
 
 
-def _last_line(console: str) -> str:
-    lines = console.strip().splitlines()
-    return lines[-1].strip()[:300] if lines else ""
+def _telling(console: str) -> str:
+    """The line of a console that says why a machine went off; what the kernel says after it is the same each time."""
+    lines = [line.strip()[:300] for line in console.splitlines() if line.strip()]
+    whys = [line for line in lines if "pandastack-guest:" in line or "Kernel panic" in line]
+    return next(iter([*whys[:1], *lines[-1:]]), "its console said nothing")
