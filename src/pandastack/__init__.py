@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         HostUnfit,
         IdempotencyConflict,
         InvalidRequest,
+        IsolationTooWeak,
         NotFoundError,
         PandastackError,
         PermissionDenied,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         QuotaExceeded,
         RateLimited,
         RuntimeFailed,
+        RuntimeUnavailable,
         SandboxNotFound,
         SandboxNotRunning,
         SandboxTimeout,
@@ -96,9 +98,9 @@ _HOMES = {
     "errors": (
         "APIConnectionError AuthError BadRequestError CapacityError CommandFailed Conflict ConnectionError CreateCancelled DiskFull "
         "ExecInterrupted ExploreError FileConflict FileNotFound GuestError GuestGone GuestProtocolError GuestTimeout HookFailed "
-        "HostUnfit IdempotencyConflict InvalidRequest NotFoundError PandastackError PermissionDenied ProcessNotFound QuotaExceeded "
-        "RateLimited RuntimeFailed SandboxNotFound SandboxNotRunning SandboxTimeout ServerError SnapshotNotFound SnapshotUnusable "
-        "TemplateBuildError TemplateError TemplateNotFound TemplateNotReady TokenNotFound TooLarge"
+        "HostUnfit IdempotencyConflict InvalidRequest IsolationTooWeak NotFoundError PandastackError PermissionDenied ProcessNotFound "
+        "QuotaExceeded RateLimited RuntimeFailed RuntimeUnavailable SandboxNotFound SandboxNotRunning SandboxTimeout ServerError "
+        "SnapshotNotFound SnapshotUnusable TemplateBuildError TemplateError TemplateNotFound TemplateNotReady TokenNotFound TooLarge"
     ),
     "sdk.client": ("AsyncClient Client get_default_async_client get_default_client set_default_async_client set_default_client"),
     "sdk.branches": "BranchOutcome Candidate ExploreResult",
@@ -159,6 +161,7 @@ __all__ = [
     "HostUnfit",
     "IdempotencyConflict",
     "InvalidRequest",
+    "IsolationTooWeak",
     "Lifecycle",
     "Me",
     "NotFoundError",
@@ -174,6 +177,7 @@ __all__ = [
     "QuotaExceeded",
     "RateLimited",
     "RuntimeFailed",
+    "RuntimeUnavailable",
     "Sandbox",
     "SandboxMetrics",
     "SandboxNotFound",

@@ -302,7 +302,8 @@ class ExploreError(Exception):
 def _classes(base: type[PandastackError]) -> dict[str, type[PandastackError]]:
     found = {base.code: base}
     for child in base.__subclasses__():
-        found.update(_classes(child))
+        # A room may refine an error for itself: under the code of the error it refines, that one is what crosses rooms.
+        found = _classes(child) | found
     return found
 
 

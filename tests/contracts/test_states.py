@@ -37,7 +37,8 @@ from pandastack.wire.host import HostChild, HostCreate, HostFork, HostRewind, Ou
 from pandastack.wire.ids import ProcessId, SandboxId, SnapshotId, new_process_id, new_sandbox_id, new_snapshot_id
 from pandastack.wire.processes import ExecRequest, ProcessStart, SignalRequest
 
-from .test_runtime import CACHE, NAMES, _runsc
+from .test_runtime import CACHE, NAMES, _qemu_binary, _runsc
+from .test_runtime import xfs as xfs
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
@@ -62,10 +63,26 @@ def fake_place(folder: Path, runtime: FakeRuntime) -> Any:
 
 @contextlib.contextmanager
 def gvisor_place(folder: Path, name: str) -> Any:
+    with real_place(folder, runtimes="gvisor", runsc=_runsc(name)) as place:
+        yield place
+
+
+@contextlib.contextmanager
+def qemu_place(xfs: Path) -> Any:
+    """On a file system where copies share blocks; images and baked states are made once for all tests."""
+    _qemu_binary()
+    folder = xfs / "place"
+    with real_place(folder, runtimes="qemu") as place:
+        yield place
+    for left in [*folder.glob("data/*")]:
+        if left.name not in ("roots", "states-qemu"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+@contextlib.contextmanager
+def real_place(folder: Path, **chosen: Any) -> Any:
     run = Path("/tmp") / f"pd-{secrets.token_hex(4)}"
-    settings = HostSettings(
-        data_dir=folder / "data", cache_dir=CACHE, run_dir=run, runsc=_runsc(name), slots=0, blanks=0, disk_low_water_mb=0
-    )
+    settings = HostSettings(data_dir=folder / "data", cache_dir=CACHE, run_dir=run, slots=0, blanks=0, disk_low_water_mb=0, **chosen)
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[HostService]:
@@ -76,7 +93,7 @@ def gvisor_place(folder: Path, name: str) -> Any:
             yield host
 
     def left() -> dict[str, list[str]]:
-        folders = {kind: folder / "data" / kind for kind in ("machines", "ledger", "captures")}
+        folders = {kind: folder / "data" / kind for kind in ("machines", "machines-qemu", "disks-qemu", "ledger", "captures")}
         found = {kind: [path.name for path in where.iterdir()] for kind, where in folders.items() if where.exists()}
         found["disks"] = [path.name for path in (folder / "data" / "disks").glob("*.img")]
         return {kind: names for kind, names in found.items() if names}
@@ -91,7 +108,10 @@ FAKES = {"fake": FakeRuntime, "fakevm": fake_vm}
 @pytest.fixture(params=[*NAMES, "fakevm"])
 async def place(request: pytest.FixtureRequest, tmp_path: Path, no_leaks: None) -> AsyncIterator[Place]:
     name = request.param
-    made = fake_place(tmp_path, FAKES[name]()) if name in FAKES else gvisor_place(tmp_path, name)
+    if name in FAKES:
+        made = fake_place(tmp_path, FAKES[name]())
+    else:
+        made = qemu_place(request.getfixturevalue("xfs")) if name == "qemu" else gvisor_place(tmp_path, name)
     with made as here:
         yield here
         async with here.opened() as host:

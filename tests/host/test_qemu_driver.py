@@ -84,7 +84,18 @@ class TestVerdicts:
         monkeypatch.setattr(launch, "boot_id", lambda: "another")
         await runtime.probe()
         assert len(trials) == 6
-        assert len(list((runtime.root / "cache").iterdir())) == 1, "old ones are removed"
+
+    @pytest.mark.anyio
+    async def test_old_answers_are_removed(self, runtime: QemuRuntime, trials: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(driver, "_VERDICTS_KEPT", 2)
+        for number in range(4):
+            runtime._digest = str(number)
+            await runtime.probe()
+        newest = {file.name for file in (runtime.root / "cache").iterdir()}
+        assert len(newest) == 3, "two that are kept, and the new one"
+        assert len(trials) == 8
+        await runtime.probe()
+        assert len(trials) == 8, "the newest answer is among them"
 
     @pytest.mark.anyio
     @pytest.mark.parametrize("content", ["", "{}", "[]", '{"acceleration": "warp"}', '{"acceleration": "tcg", "more": 1}'])
