@@ -110,7 +110,7 @@ def xfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     file = tmp_path_factory.mktemp("xfs") / "file"
     folder = Path("/tmp") / f"px-{secrets.token_hex(3)}"
     with file.open("wb") as empty:
-        empty.truncate(8 << 30)
+        empty.truncate(64 << 30)
     subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(file)], check=True)
     folder.mkdir()
     subprocess.run(["mount", "-o", "loop", str(file), str(folder)], check=True)
