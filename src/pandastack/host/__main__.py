@@ -1,8 +1,8 @@
 """`python -m pandastack.host doctor|setup|storage`; what the command line starts.
 
-doctor: exit code 0 when some runtime works, else 1; with --security when nothing of the production checklist fails. setup: fetches what this host lacks (runsc) into the cache directory,
-lines of progress on stderr, the path on stdout. storage init: makes a pool, its file on stdout. storage status: what
-takes the disk. Wrong usage: 2.
+doctor: exit code 0 when some runtime works, else 1; with --security 1 when something of the production checklist fails. setup: fetches
+what this host lacks (runsc) into the cache directory, lines of progress on stderr, the path on stdout. storage init: makes a pool, its
+file on stdout. storage status: what takes the disk. Wrong usage: 2.
 """
 
 from __future__ import annotations
