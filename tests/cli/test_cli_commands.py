@@ -62,6 +62,26 @@ def test_a_sandbox_from_birth_to_death() -> None:
     assert "no such sandbox" in call("sandbox", "rm", sandbox_id, code=1).stderr
 
 
+@pytest.mark.usefixtures("configured")
+def test_isolation_is_asked_for_and_shown() -> None:
+    own = call("sandbox", "create", "--isolation", "qemu").stdout.strip()
+    plain = call("sandbox", "create").stdout.strip()
+    shown = {line.split()[0]: line for line in call("sandbox", "list").stdout.splitlines()}
+    assert ("qemu (tcg)" in shown[own], "microvm" in shown[own], "ISOLATION" in shown["ID"]) == (True, True, True)
+    assert ("gvisor" in shown[plain], "(" in shown[plain]) == (True, False)
+    facts = dict(line.split(maxsplit=1) for line in call("sandbox", "get", own).stdout.splitlines())
+    assert [facts[name] for name in ("runtime", "isolation", "acceleration", "own_kernel")] == ["qemu", "microvm", "tcg", "True"]
+    assert as_json("sandbox", "get", plain)["own_kernel"] is False
+    call("sandbox", "rm", own, plain)
+    kept = json.loads(call("run", "--isolation", "microvm", "--keep", "--json", "-l", "bash", "echo hi").stdout)["sandbox_id"]
+    assert as_json("sandbox", "get", kept)["runtime"] == "qemu"
+    call("sandbox", "rm", kept)
+    assert "docker" in call("sandbox", "create", "--isolation", "docker", code=1).stderr
+    assert "pandastack doctor" in call("run", "--isolation", "firecracker", "echo", code=1).stderr
+    assert call("template", "bake", "base", "--isolation", "qemu").stdout == "base is ready for qemu\n"
+    assert "firecracker" in call("template", "bake", "base", "--isolation", "firecracker", code=1).stderr
+
+
 def test_use_of_a_sandbox_and_of_the_workspace(sandbox_id: str, client: Client) -> None:
     assert as_json("usage", sandbox_id)["memory_own_bytes"] > 0
     shown = call("usage", sandbox_id).stdout.splitlines()
