@@ -253,6 +253,25 @@ def test_doctor_shows_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no report" in call("doctor", code=1).stderr
 
 
+def test_the_production_checklist_fails_as_its_program_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    done = subprocess.CompletedProcess([], 0, b'{"checks": [{"name": "swap", "ok": null, "detail": "one [i]disk[/i]", "hint": "swapoff"}]}')
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        asked.append(command)
+        return done
+
+    monkeypatch.setattr("pandastack.cli.local.require_server", lambda module: None)
+    monkeypatch.setattr("pandastack.cli.local.subprocess.run", run)
+    shown = call("doctor", "--security").stdout
+    assert asked[0][-3:] == ["doctor", "--json", "--security"]
+    assert "one [i]disk[/i]" in shown
+    assert "swapoff" in shown
+    assert "chosen runtime" not in shown
+    done.returncode = 1
+    assert "swapoff" in call("doctor", "--security", code=1).stdout
+
+
 @pytest.mark.parametrize(
     ("script", "code", "said"), [("echo ready at 1; sleep 0.3", 0, "ready at 1"), ("echo no root >&2; exit 1", 1, "no root")]
 )

@@ -11,7 +11,7 @@ import importlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from pandastack.wire.host import RuntimeInfo
 from pandastack.wire.isolation import level
 
 _PROBE_TIMEOUT_S = 120.0
+_MARKS = {True: "ok  ", False: "FAIL", None: "--  "}
 _NOT_ROOT = "not tried, because this user is not root"
 _FETCH = f"run `{Path(sys.executable).name} -m pandastack.host setup`, or name one in PANDASTACK_RUNSC"
 
@@ -106,19 +107,26 @@ def choose(runtimes: list[RuntimeInfo]) -> tuple[str | None, str]:
 
 def render(report: Report) -> str:
     """The report for people: a line per check, its remedy below it when something is to be done."""
-    marks = {True: "ok  ", False: "FAIL", None: "--  "}
-    lines = []
-    for check in report.checks:
-        lines.append(f"{marks[check.ok]} {check.name}: {check.detail}")
-        if check.hint and check.ok is not True:
-            lines.append(f"       -> {check.hint}")
+    lines = list(_lines(report.checks))
     for runtime in report.runtimes:
         words = [runtime.version, "works" if runtime.works else runtime.reason or "does not work"]
-        lines.append(f"{marks[runtime.works]} runtime {runtime.name}: {' '.join(word for word in words if word)}")
+        lines.append(f"{_MARKS[runtime.works]} runtime {runtime.name}: {' '.join(word for word in words if word)}")
         if runtime.hint and not runtime.works:
             lines.append(f"       -> {runtime.hint}")
     lines.append(f"auto: {report.auto or 'none'} ({report.auto_reason})")
     return "\n".join(lines) + "\n"
+
+
+def render_checks(checks: list[Check]) -> str:
+    """The production checklist for people, in the same form."""
+    return "\n".join(_lines(checks)) + "\n"
+
+
+def _lines(checks: list[Check]) -> Iterator[str]:
+    for check in checks:
+        yield f"{_MARKS[check.ok]} {check.name}: {check.detail}"
+        if check.hint and check.ok is not True:
+            yield f"       -> {check.hint}"
 
 
 def _basics(settings: HostSettings, root: Check) -> list[Awaitable[Check]]:
