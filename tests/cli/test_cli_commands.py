@@ -237,7 +237,11 @@ def test_doctor_shows_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
             {"name": "root", "ok": True, "detail": "uid 0", "hint": None},
             {"name": "kvm", "ok": False, "detail": "none", "hint": "get [b]one[/b]"},
         ],
-        "runtimes": [{"name": "gvisor", "works": True, "version": "1", "isolation": "kernel in user space", "capabilities": {}}],
+        "runtimes": [
+            {"name": "gvisor", "works": True, "version": "1", "isolation": "gvisor", "hint": "not to be shown", "capabilities": {}},
+            {"name": "qemu", "works": True, "version": "7", "isolation": "microvm", "acceleration": "tcg", "reason": "no KVM here"},
+            {"name": "firecracker", "works": False, "isolation": "microvm", "acceleration": "kvm", "reason": "no KVM", "hint": "get one"},
+        ],
         "auto": "gvisor",
         "auto_reason": "works",
     }
@@ -246,6 +250,11 @@ def test_doctor_shows_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pandastack.cli.local.subprocess.run", lambda *_, **__: done)
     shown = call("doctor").stdout
     assert "get [b]one[/b]" in shown
+    assert [line.split() for line in shown.splitlines() if line.startswith(("yes", "no "))] == [
+        ["yes", "gvisor", "1", "gvisor", "-", "-", "-"],
+        ["yes", "qemu", "7", "microvm", "tcg", "no", "KVM", "here", "-"],
+        ["no", "firecracker", "-", "microvm", "-", "no", "KVM", "get", "one"],
+    ]
     assert json.loads(call("doctor", "--json").stdout) == report
     done.stdout = json.dumps({**report, "auto": None}).encode()
     assert "chosen runtime: none" in call("doctor", code=1).stdout
