@@ -120,10 +120,15 @@ def _show_checks(report: dict[str, Any]) -> None:
 
 def _show_report(report: dict[str, Any], seconds: float) -> None:
     _show_checks(report)
-    names = ("name", "version", "isolation", "reason", "hint")
-    runtimes = [("yes" if item["works"] else "no", *(item.get(name) for name in names)) for item in report.get("runtimes", [])]
+    runtimes = [
+        (
+            "yes" if item["works"] else "no", item["name"], item.get("version"), item.get("isolation"),
+            item.get("acceleration") if item["works"] else None, item.get("reason"), None if item["works"] else item.get("hint"),
+        )
+        for item in report.get("runtimes", [])
+    ]  # fmt: skip
     print()
-    console.table(("WORKS", "RUNTIME", "VERSION", "ISOLATION", "REASON", "WHAT TO DO"), runtimes)
+    console.table(("WORKS", "RUNTIME", "VERSION", "ISOLATION", "ACCELERATION", "REASON", "WHAT TO DO"), runtimes)
     print()
     chosen = report["auto"] or "none"
     print(f"chosen runtime: {console.clean(chosen)} ({console.clean(report.get('auto_reason', ''))}); checked in {seconds:.1f} s")

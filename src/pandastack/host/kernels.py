@@ -45,17 +45,19 @@ class Kernel:
 
 
 async def ensure(
-    prefix: Path, guest: Path, *, debian_mirror: str | None, say: Callable[[str], None], setting: Path | None = None
+    prefix: Path, guest: Path, *, debian_mirror: str | None, say: Callable[[str], None], setting: Path | None = None, fetch: bool = True
 ) -> Kernel:
     """The kernel and an initramfs with the daemon of `guest`, a directory as made by `app.guest_directory`.
 
     `setting` is a package file (.deb) of a kernel to use instead of fetching one. Takes seconds the first time, and no network
-    afterwards. Raises HostUnfit with a remedy.
+    afterwards. Raises HostUnfit with a remedy; without `fetch` also where one would have to be fetched.
     """
     if platform.machine() != "x86_64":
         raise HostUnfit("microVMs need a machine with x86-64", hint="use gVisor on this one")
     folder = await _given(prefix, setting) if setting is not None else _current(prefix)
     if folder is None:
+        if not fetch:
+            raise HostUnfit("no guest kernel was fetched yet", hint="run `pandastack setup`")
         folder = await _fetch(prefix, debian_mirror, say)
     return await asyncio.to_thread(_with_initramfs, prefix, folder, guest / "pandastack-guest")
 
