@@ -1,6 +1,6 @@
 """Which runtimes a host tries, and how: the one place that names drivers. `backends` does the rest.
 
-To add a driver: a `_name` function below that answers an Offer, and its line in `_OFFERS`.
+To add a driver: a coroutine `_name` below that answers an Offer, and its line in `_OFFERS`.
 """
 
 from __future__ import annotations
