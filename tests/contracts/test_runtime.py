@@ -387,6 +387,17 @@ async def say(guest: Guest, shell: str) -> tuple[str, int]:
     return out.decode(), stream.exit.code
 
 
+async def frozen(guest: Guest, *, reason: str = "snapshot") -> Sealed:
+    """A seal with a freeze. It has two seconds and is all or nothing, so where everything is slow it may be asked for again."""
+    for _ in range(4 if PATIENCE > 1 else 0):
+        try:
+            return await guest.seal(freeze=True, reason=reason)
+        except GuestError as error:
+            if error.guest_code != "not_frozen":
+                raise
+    return await guest.seal(freeze=True, reason=reason)
+
+
 async def test_a_probe_names_version_and_key(bench: Bench) -> None:
     probe = await bench.runtime.probe()
     assert probe.works
@@ -508,7 +519,7 @@ async def test_a_frozen_machine_is_saved_on_the_way_and_its_copies_are_others(be
         await guest.start(ProcessSpec(shell=counting, id="counting"))
         await guest.start(ProcessSpec(argv=["cat"], stdin=True, id="cat"))
         await asyncio.sleep(0.3)
-        sealed = await guest.seal(freeze=True, reason="fork")
+        sealed = await frozen(guest, reason="fork")
         assert sealed.live == 2
         assert sealed.frozen >= 2
         asked = asyncio.create_task(guest.write_file("/root/asked", b"of the parent"))
@@ -567,7 +578,7 @@ async def test_a_freeze_holds_and_can_be_taken_back(bench: Bench) -> None:
             await say(guest, "true")
         assert refused.value.guest_code == "sealed"
         assert await guest.unseal() == 0
-        sealed = await guest.seal(freeze=True)
+        sealed = await frozen(guest)
         assert sealed == await guest.seal(freeze=True)
         gone = asyncio.create_task(guest.write_file("/root/never", b"x" * (2 << 20)))
         kept = asyncio.create_task(guest.write_file("/root/kept", b"x" * (2 << 20)))
@@ -598,7 +609,7 @@ async def test_hooks_decide_whether_a_machine_is_saved_and_handed_out(bench: Ben
         assert (health.sealed, health.frozen) == (False, False)
         await guest.chmod(hook + "before-snapshot", mode=0o644)
         await guest.write_file(hook + "after-restore", fails, mode=0o755)
-        assert (await guest.seal(freeze=True)).frozen == 1
+        assert (await frozen(guest)).frozen == 1
         fresh = identity.fresh("00000000-0000-4000-8000-000000000001", "mine", {})
         with pytest.raises(HookFailed):
             await identity.confirm(guest, fresh)
@@ -606,7 +617,7 @@ async def test_hooks_decide_whether_a_machine_is_saved_and_handed_out(bench: Ben
         assert (health.sealed, health.frozen) == (True, True)
         assert await guest.unseal() == 1
         await guest.write_file(hook + "after-restore", b"#!/bin/sh\n", mode=0o755)
-        await guest.seal(freeze=True)
+        await frozen(guest)
         await identity.confirm(guest, fresh)
         assert await say(guest, "hostname") == ("mine\n", 0)
 
@@ -962,7 +973,7 @@ class TestMicrovm:
             await machine.snapshot(into, resume=True)
         facts = json.loads((into / "machine.json").read_text())
         assert 48 << 20 < facts["own_bytes"] < 128 << 20
-        assert facts["pause_ms"] < 250, f"20 ms on a machine that does nothing else: {facts}"
+        assert facts["pause_ms"] < 250 * PATIENCE, f"20 ms on a machine that does nothing else: {facts}"
         assert (into / "mem").stat().st_size == LIMITS.memory_mib << 20
         taken = space.of(into / "mem")
         assert taken.own_bytes < 2 * facts["own_bytes"]
@@ -990,7 +1001,8 @@ class TestMicrovm:
 
     async def test_one_that_hangs_is_started_again(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(bench.runtime, QemuRuntime)
-        monkeypatch.setitem(BOOT_TIMEOUT_S, bench.runtime.accelerated, 15)
+        timeout_s = 15 if PATIENCE == 1 else 90
+        monkeypatch.setitem(BOOT_TIMEOUT_S, bench.runtime.accelerated, timeout_s / PATIENCE)
         machine = await bench.prepared()
         # Of the QEMUs that are told to boot, the first one does not let its CPU run.
         hangs = bench.root / "qemu"
@@ -1000,7 +1012,7 @@ class TestMicrovm:
         bench.root.chmod(0o755)
         bench.runtime._binary = hangs
         starting = asyncio.create_task(machine.start())
-        await asyncio.sleep(10)
+        await asyncio.sleep(timeout_s * 2 / 3)
         assert not starting.done()
         mark.touch()
         await starting

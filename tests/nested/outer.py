@@ -45,6 +45,7 @@ _DISK_BYTES = 24 << 30
 _COVERED = ("/tmp", "/run", "/proc", "/sys", "/dev")
 _NEEDED = ("qemu-system-x86_64", "mkfs.xfs", "setpriv")
 _MONITOR_S = 10.0
+_OFF_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +152,8 @@ def _follow(
             selector.register(channels[name], selectors.EVENT_READ, name)
         while selector.get_map():
             now = time.monotonic()
+            if result.code is not None and now - heard > _OFF_S:
+                return  # It said how it ended, and need not be waited for any longer.
             patience_s = SILENT_S if result.boot_s else BOOT_S
             if now - began > deadline_s:
                 result.why = f"it was not finished after {deadline_s:.0f} s"

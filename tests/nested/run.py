@@ -32,7 +32,7 @@ PATIENCE = 20
 FORMS = {
     "short": (
         420.0,
-        "qemu-kvm and (names_version or answers or saved_on_the_way_and_its_copies)",
+        "qemu-kvm and (names_version or has_a_guest_that_answers or its_copies_are_others)",
     ),
     "complete": (5400.0, "qemu-kvm"),
 }
