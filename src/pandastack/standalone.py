@@ -29,7 +29,7 @@ from pandastack.control.settings import ControlSettings
 from pandastack.errors import AuthError, HostUnfit, PandastackError
 from pandastack.host import app as host_app
 from pandastack.host import doctor, lock
-from pandastack.host.settings import HostSettings
+from pandastack.host.settings import HostSettings, read
 from pandastack.host.storage import space
 from pandastack.host.storage.pool import MIN_GIB, Pool, default_size
 
@@ -65,7 +65,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _settings(arguments: argparse.Namespace) -> HostSettings:
     given = {name: value for name in ("data_dir", "cache_dir", "slots") if (value := getattr(arguments, name)) is not None}
-    return HostSettings(**given)
+    return read(**given)
 
 
 def _run(settings: HostSettings, arguments: argparse.Namespace) -> int:

@@ -47,7 +47,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
                 request = request.model_copy(update={"cmd": request.code, "code": None})
             return super().run(sandbox_id, request, process_id)
 
-    application = app.build(ControlSettings(database_path=tmp_path_factory.mktemp("control") / "control.db"), Host())
+    host = Host()
+    host.runtimes.offer("gvisor", "gvisor")
+    host.runtimes.offer("qemu", "microvm", acceleration="tcg")
+    application = app.build(ControlSettings(database_path=tmp_path_factory.mktemp("control") / "control.db"), host)
     running = uvicorn.Server(server.config(application, host="127.0.0.1", port=0))
     ready = threading.Event()
     found: list[Live] = []

@@ -62,6 +62,26 @@ def test_a_sandbox_from_birth_to_death() -> None:
     assert "no such sandbox" in call("sandbox", "rm", sandbox_id, code=1).stderr
 
 
+@pytest.mark.usefixtures("configured")
+def test_isolation_is_asked_for_and_shown() -> None:
+    own = call("sandbox", "create", "--isolation", "qemu").stdout.strip()
+    plain = call("sandbox", "create").stdout.strip()
+    shown = {line.split()[0]: line for line in call("sandbox", "list").stdout.splitlines()}
+    assert ("qemu (tcg)" in shown[own], "microvm" in shown[own], "ISOLATION" in shown["ID"]) == (True, True, True)
+    assert ("gvisor" in shown[plain], "(" in shown[plain]) == (True, False)
+    facts = dict(line.split(maxsplit=1) for line in call("sandbox", "get", own).stdout.splitlines())
+    assert [facts[name] for name in ("runtime", "isolation", "acceleration", "own_kernel")] == ["qemu", "microvm", "tcg", "True"]
+    assert as_json("sandbox", "get", plain)["own_kernel"] is False
+    call("sandbox", "rm", own, plain)
+    kept = json.loads(call("run", "--isolation", "microvm", "--keep", "--json", "-l", "bash", "echo hi").stdout)["sandbox_id"]
+    assert as_json("sandbox", "get", kept)["runtime"] == "qemu"
+    call("sandbox", "rm", kept)
+    assert "docker" in call("sandbox", "create", "--isolation", "docker", code=1).stderr
+    assert "pandastack doctor" in call("run", "--isolation", "firecracker", "echo", code=1).stderr
+    assert call("template", "bake", "base", "--isolation", "qemu").stdout == "base is ready for qemu\n"
+    assert "firecracker" in call("template", "bake", "base", "--isolation", "firecracker", code=1).stderr
+
+
 def test_use_of_a_sandbox_and_of_the_workspace(sandbox_id: str, client: Client) -> None:
     assert as_json("usage", sandbox_id)["memory_own_bytes"] > 0
     shown = call("usage", sandbox_id).stdout.splitlines()
@@ -217,7 +237,11 @@ def test_doctor_shows_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
             {"name": "root", "ok": True, "detail": "uid 0", "hint": None},
             {"name": "kvm", "ok": False, "detail": "none", "hint": "get [b]one[/b]"},
         ],
-        "runtimes": [{"name": "gvisor", "works": True, "version": "1", "isolation": "kernel in user space", "capabilities": {}}],
+        "runtimes": [
+            {"name": "gvisor", "works": True, "version": "1", "isolation": "gvisor", "hint": "not to be shown", "capabilities": {}},
+            {"name": "qemu", "works": True, "version": "7", "isolation": "microvm", "acceleration": "tcg", "reason": "no KVM here"},
+            {"name": "firecracker", "works": False, "isolation": "microvm", "acceleration": "kvm", "reason": "no KVM", "hint": "get one"},
+        ],
         "auto": "gvisor",
         "auto_reason": "works",
     }
@@ -226,11 +250,35 @@ def test_doctor_shows_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pandastack.cli.local.subprocess.run", lambda *_, **__: done)
     shown = call("doctor").stdout
     assert "get [b]one[/b]" in shown
+    assert [line.split() for line in shown.splitlines() if line.startswith(("yes", "no "))] == [
+        ["yes", "gvisor", "1", "gvisor", "-", "-", "-"],
+        ["yes", "qemu", "7", "microvm", "tcg", "no", "KVM", "here", "-"],
+        ["no", "firecracker", "-", "microvm", "-", "no", "KVM", "get", "one"],
+    ]
     assert json.loads(call("doctor", "--json").stdout) == report
     done.stdout = json.dumps({**report, "auto": None}).encode()
     assert "chosen runtime: none" in call("doctor", code=1).stdout
     done.stdout = b"it broke"
     assert "no report" in call("doctor", code=1).stderr
+
+
+def test_the_production_checklist_fails_as_its_program_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    done = subprocess.CompletedProcess([], 0, b'{"checks": [{"name": "swap", "ok": null, "detail": "one [i]disk[/i]", "hint": "swapoff"}]}')
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        asked.append(command)
+        return done
+
+    monkeypatch.setattr("pandastack.cli.local.require_server", lambda module: None)
+    monkeypatch.setattr("pandastack.cli.local.subprocess.run", run)
+    shown = call("doctor", "--security").stdout
+    assert asked[0][-3:] == ["doctor", "--json", "--security"]
+    assert "one [i]disk[/i]" in shown
+    assert "swapoff" in shown
+    assert "chosen runtime" not in shown
+    done.returncode = 1
+    assert "swapoff" in call("doctor", "--security", code=1).stdout
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,18 @@ import pytest
 from hosts import World
 from pandastack.control.fake_host import FakeHost
 from pandastack.control.hosts import Host, closing
-from pandastack.errors import Conflict, FileConflict, FileNotFound, ProcessNotFound, SandboxNotFound, SnapshotNotFound, TemplateNotFound
+from pandastack.errors import (
+    Conflict,
+    FileConflict,
+    FileNotFound,
+    InvalidRequest,
+    PandastackError,
+    ProcessNotFound,
+    RuntimeUnavailable,
+    SandboxNotFound,
+    SnapshotNotFound,
+    TemplateNotFound,
+)
 from pandastack.wire.diff import HostPoint
 from pandastack.wire.files import ChangeMode
 from pandastack.wire.host import HostChild, HostCreate, HostFork, HostRewind, Output, ProcessExit
@@ -144,13 +155,35 @@ async def test_an_unknown_template_makes_nothing(host: Host) -> None:
     assert await host.list() == []
 
 
+async def test_isolation_is_refused_where_it_cannot_be_had(host: Host) -> None:
+    with pytest.raises(InvalidRequest) as unknown:
+        await host.create(wanted(isolation="docker"))
+    assert (unknown.value.field, {"auto", "microvm"} <= set(unknown.value.choices)) == ("isolation", True)
+    with pytest.raises(RuntimeUnavailable) as missing:
+        await host.create(wanted(isolation="firecracker"))
+    assert (missing.value.runtime, bool(missing.value.hint)) == ("firecracker", True)
+    assert await host.list() == []
+    refusals: list[tuple[str, type[PandastackError]]] = [("docker", InvalidRequest), ("firecracker", RuntimeUnavailable)]
+    for word, error in refusals:
+        with pytest.raises(error):
+            async for _ in host.bake("base", word):
+                pass
+    name = (await host.describe()).runtime
+    assert name is not None
+    made = await host.create(wanted(isolation=name))
+    assert (made.runtime, made.own_kernel) == (name, False)
+    await host.delete(made.id)
+
+
 async def test_the_host_describes_itself(host: Host, box: SandboxId) -> None:
     info = await host.describe()
     assert info.id == host.id
     assert info.runtime in [runtime.name for runtime in info.runtimes if runtime.works]
     assert info.capacity.sandboxes == 1
     assert info.capacity.memory_reserved_mb >= 256
-    assert "base" in [template.name for template in info.templates if template.state == "ready"]
+    ready = [template for template in info.templates if template.state == "ready"]
+    assert "base" in [template.name for template in ready]
+    assert all(template.runtimes[info.runtime or ""] == "ready" for template in ready)
 
 
 async def test_events_are_waited_for_and_not_for_ever(host: Host) -> None:

@@ -32,7 +32,7 @@ def old_database(path: Path) -> Path:
         command.upgrade(config, "0001")
     engine.dispose()
     # Of the fields that there were then.
-    asked = digest(SandboxCreate(template="base").model_dump(mode="json", exclude={"checkpoints"}))
+    asked = digest(SandboxCreate(template="base").model_dump(mode="json", exclude={"checkpoints", "isolation"}))
     with closing(sqlite3.connect(path)) as old:
         old.execute("INSERT INTO tenants VALUES ('t1', 'default', 1)")
         for sandbox, status in ((LIVE, "running"), (HALF, "creating")):
@@ -57,6 +57,7 @@ async def test_the_records_of_the_first_version_are_all_there_after_the_upgrade(
     async with world(path, host) as w:
         body = (await w.ours.get(f"/v1/sandboxes/{LIVE}")).json()
         assert (body["status"], body["metadata"], body["from_snapshot"], body["fork_tree_id"]) == ("running", {"a": "b"}, None, None)
+        assert (body["acceleration"], body["own_kernel"]) == (None, False)
         assert [row["id"] for row in (await w.ours.get("/v1/sandboxes?metadata=a=b")).json()] == [LIVE]
         for key in ("live", "gone"):
             again = await w.ours.post("/v1/sandboxes", json={"template": "base"}, headers={"idempotency-key": key})

@@ -11,17 +11,22 @@ from pathlib import Path
 
 import pytest
 
+from pandastack import standalone
 from pandastack.errors import HostUnfit
 from pandastack.host import __main__ as program
 from pandastack.host import checks, doctor
+from pandastack.host.backends import Found, Offer
 from pandastack.host.doctor import Check, Report
 from pandastack.host.runtimes.base import Probe
+from pandastack.host.runtimes.fake import FakeRuntime
 from pandastack.host.settings import HostSettings
 from pandastack.wire.host import RuntimeInfo
+from pandastack.wire.isolation import ORDER
 
 DOCTOR = [sys.executable, "-m", "pandastack.host", "doctor", "--json"]
 WORKS = RuntimeInfo(name="gvisor", works=True, version="20260601", isolation="gvisor")
 FAILS = RuntimeInfo(name="gvisor", works=False, reason="runsc 20221219 is too old", hint="use a newer one")
+EMULATES = RuntimeInfo(name="qemu", works=True, version="7.2", isolation="microvm", acceleration="tcg", reason="there is no /dev/kvm")
 OLD = Probe(works=False, version="20221219.0", reason="runsc 20221219.0 is too old", hint="use a release of 20240729 or newer")
 GOOD = Probe(works=True, version="20260601.0", key="k")
 
@@ -58,6 +63,55 @@ def test_auto_takes_the_strongest_that_works():
     assert doctor.choose([WORKS, qemu("kvm")])[0] == "qemu"
     assert doctor.choose([WORKS, qemu("tcg")])[0] == "gvisor"
     assert doctor.choose([FAILS, qemu("tcg")])[0] == "qemu"
+
+
+def test_auto_explains_its_order_and_minds_the_least_isolation():
+    qemu = RuntimeInfo(name="qemu", works=True, isolation="microvm", acceleration="tcg")
+    name, reason = doctor.choose([WORKS, qemu])
+    assert (name, "the strongest of gvisor, qemu with tcg" in reason, ORDER in reason) == ("gvisor", True, True)
+    assert doctor.choose([WORKS, qemu], "gvisor")[0] == "gvisor"
+    name, reason = doctor.choose([WORKS, qemu], "qemu-kvm")
+    assert (name, reason) == (None, "PANDASTACK_MIN_ISOLATION is qemu-kvm, and the strongest that works here is gvisor")
+
+
+ROOT = checks.passed("root", "root")
+
+
+def offer(found: Found | Exception) -> Offer:
+    async def find() -> Found:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return Offer(name="qemu", isolation="microvm", own_kernel=True, acceleration="kvm", find=find)
+
+
+def test_a_runtime_tells_what_a_boot_showed():
+    made = FakeRuntime("qemu", isolation="microvm", acceleration="tcg")
+    probe = Probe(works=True, version="7.2", key="k", reason="there is no /dev/kvm")
+    found = asyncio.run(doctor.try_offer(offer((made, probe)), ROOT, Path("guest")))
+    assert (found.works, found.version, found.acceleration, found.reason) == (True, "7.2", "tcg", "there is no /dev/kvm")
+    assert found.capabilities == {"own_kernel": True}
+
+
+@pytest.mark.parametrize(
+    ("found", "reason", "hint"),
+    [
+        ((None, Probe(works=False, reason="QEMU is not installed", hint="apt install it")), "QEMU is not installed", "apt install it"),
+        (HostUnfit("no guest kernel was fetched yet", hint="run setup"), "no guest kernel was fetched yet", "run setup"),
+        (ValueError("strange"), "the probe itself failed: ValueError: strange", "please report it"),
+    ],
+)
+def test_a_runtime_that_cannot_be_had_is_told(found: Found | Exception, reason: str, hint: str):
+    told = asyncio.run(doctor.try_offer(offer(found), ROOT, Path("guest")))
+    assert (told.works, told.reason, told.hint, told.acceleration) == (False, reason, hint, "kvm")
+
+
+def test_what_cannot_be_tried_is_not():
+    trap = offer(RuntimeError("must not be tried"))
+    for root, guest, said in ((checks.root(1000), Path("guest"), "not root"), (ROOT, None, "guest daemon")):
+        told = asyncio.run(doctor.try_offer(trap, root, guest))
+        assert (told.works, said in (told.reason or ""), bool(told.hint)) == (False, True, True)
 
 
 def test_an_old_runsc_fails_with_its_remedy():
@@ -99,6 +153,8 @@ def test_without_root_what_needs_it_is_left_out_and_said(monkeypatch: pytest.Mon
     assert "sudo" in (by_name["root"].hint or "")
     assert all(by_name[name].ok is None and "not root" in by_name[name].detail for name in ("cgroups", "disks", "reflink"))
     assert report.auto is None
+    assert {runtime.name for runtime in report.runtimes} == {"gvisor", "qemu"}
+    assert all(not runtime.works and runtime.hint for runtime in report.runtimes)
     assert not settings.data_dir.exists()
 
 
@@ -179,7 +235,7 @@ def test_the_text_shows_remedies_only_where_something_is_to_do():
             checks.failed("disks", "no loop devices", "modprobe loop"),
             checks.unsure("kvm", "none"),
         ],
-        runtimes=[WORKS, FAILS.model_copy(update={"name": "other"})],
+        runtimes=[WORKS, EMULATES, FAILS.model_copy(update={"name": "other"})],
         auto="gvisor",
         auto_reason="it works",
     )
@@ -189,10 +245,13 @@ def test_the_text_shows_remedies_only_where_something_is_to_do():
         "       -> modprobe loop\n"
         "--   kvm: none\n"
         "ok   runtime gvisor: 20260601 works\n"
-        "FAIL runtime other: runsc 20221219 is too old\n"
+        "ok   runtime qemu: 7.2 works, with tcg (there is no /dev/kvm)\n"
+        "--   runtime other: runsc 20221219 is too old\n"
         "       -> use a newer one\n"
         "auto: gvisor (it works)\n"
     )
+    nothing = Report(checks=[], runtimes=[FAILS], auto=None, auto_reason="none")
+    assert doctor.render(nothing).startswith("FAIL runtime gvisor")
 
 
 @pytest.mark.parametrize(("runtime", "auto", "code"), [(WORKS, "gvisor", 0), (FAILS, None, 1)])
@@ -216,6 +275,10 @@ def test_a_wrong_setting_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys
             patch.setenv(name, value)
             assert program.main(["doctor"]) == 1
             assert name in capsys.readouterr().err
+    # The server reads them too, and says the same before it does anything.
+    monkeypatch.setenv("PANDASTACK_MIN_ISOLATION", "much")
+    assert standalone.main(["--port", "0"]) == 1
+    assert "the setting PANDASTACK_MIN_ISOLATION is wrong: Input should be 'none'" in capsys.readouterr().err
 
 
 def traces() -> set[str]:
@@ -232,7 +295,13 @@ def test_a_real_run_tells_the_truth_and_leaves_nothing(tmp_path: Path):
     done = subprocess.run(DOCTOR, capture_output=True, text=True, timeout=110, check=False, env=environment)
     report = Report.model_validate_json(done.stdout)
     assert (done.returncode == 0) == (report.auto is not None) == any(runtime.works for runtime in report.runtimes)
-    assert [runtime.name for runtime in report.runtimes] == ["gvisor"]
+    by_name = {runtime.name: runtime for runtime in report.runtimes}
+    assert set(by_name) == {"gvisor", "qemu"}
+    # A missing QEMU is told, and no failure of a host on which gVisor works.
+    assert by_name["qemu"].works or by_name["qemu"].hint
+    if by_name["qemu"].works:
+        assert by_name["qemu"].acceleration in ("kvm", "tcg")
+        assert by_name["qemu"].acceleration == "kvm" or by_name["qemu"].reason
     assert all(check.hint for check in report.checks if check.ok is False)
     assert {check.name: check.ok for check in report.checks}["disks"] is True
     assert traces() <= before

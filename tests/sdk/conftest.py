@@ -39,7 +39,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     from pandastack.control.fake_host import FakeHost
     from pandastack.control.settings import ControlSettings
 
-    application = app.build(ControlSettings(database_path=tmp_path_factory.mktemp("control") / "control.db"), FakeHost())
+    host = FakeHost()
+    host.runtimes.offer("gvisor", "gvisor")
+    host.runtimes.offer("qemu", "microvm", acceleration="tcg")
+    application = app.build(ControlSettings(database_path=tmp_path_factory.mktemp("control") / "control.db"), host)
     running = uvicorn.Server(server.config(application, host="127.0.0.1", port=0))
     ready = threading.Event()
     found: list[Live] = []

@@ -44,6 +44,34 @@ def test_the_same_key_gives_the_same_sandbox(client: Client) -> None:
     one.kill()
 
 
+def test_the_isolation_that_is_asked_for_is_what_the_sandbox_has(client: Client) -> None:
+    with client.sandboxes.create() as plain, Sandbox.create(isolation="microvm", client=client) as own:
+        assert (plain.runtime, plain.isolation, plain.acceleration, plain.own_kernel) == ("gvisor", "gvisor", None, False)
+        assert (own.runtime, own.isolation, own.acceleration, own.own_kernel) == ("qemu", "microvm", "tcg", True)
+        with own.fork() as child:
+            assert (child.runtime, child.own_kernel) == ("qemu", True)
+        assert client.sandboxes.get(own.id).to_dict()["acceleration"] == "tcg"
+    with pytest.raises(errors.InvalidRequest) as unknown:
+        client.sandboxes.create(isolation="docker")
+    assert (unknown.value.field, "qemu" in unknown.value.choices) == ("isolation", True)
+    with pytest.raises(errors.RuntimeUnavailable) as missing:
+        client.sandboxes.create(isolation="firecracker")
+    assert (missing.value.runtime, missing.value.http_status, bool(missing.value.hint)) == ("firecracker", 503, True)
+    assert list(client.templates.bake("base", "qemu")) == []
+    with pytest.raises(errors.RuntimeUnavailable):
+        list(client.templates.bake("base", "firecracker"))
+
+
+@pytest.mark.anyio
+async def test_the_async_client_asks_for_an_isolation_too(live: Live) -> None:
+    async with AsyncClient(live.api_url, live.api_key) as client:
+        async with AsyncSandbox.create(isolation="qemu", client=client) as own:
+            assert (own.runtime, own.acceleration, own.own_kernel) == ("qemu", "tcg", True)
+        with pytest.raises(errors.RuntimeUnavailable):
+            await client.sandboxes.create(isolation="firecracker")
+        assert [step async for step in client.templates.bake("base", "qemu")] == []
+
+
 def test_paging_finds_every_sandbox_once(client: Client) -> None:
     made = [client.sandboxes.create(metadata={"page": "yes"}) for _ in range(5)]
     found = [sandbox.id for sandbox in client.sandboxes.iterate(metadata={"page": "yes"}, page_size=2)]

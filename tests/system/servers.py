@@ -165,7 +165,7 @@ class Server:
             with contextlib.suppress(OSError):
                 if marks[0] in path.read_text():
                     found.append(f"loop device {path.parts[3]}: {path.read_text().strip()}")
-        for folder in ("machines", "disks", "ledger", "captures", "snapshots", "snapshots/.new"):
+        for folder in ("machines", "machines-qemu", "disks", "disks-qemu", "ledger", "captures", "snapshots", "snapshots/.new"):
             if (self.data / folder).exists():
                 found += [f"file {path}" for path in (self.data / folder).iterdir() if path.name not in ("empty", ".new")]
         return found

@@ -84,7 +84,7 @@ def test_a_broken_runsc_is_one_sentence_and_leaves_nothing(own_server: MakeServe
     if broken != "missing":
         runsc.write_text("#!/bin/sh\nexit 1\n" if broken == "fails" else "nothing that can run")
         runsc.chmod(0o755)
-    said = " ".join(refused(server, environ={"PANDASTACK_RUNSC": str(runsc)}))
+    said = " ".join(refused(server, environ={"PANDASTACK_RUNTIMES": "gvisor", "PANDASTACK_RUNSC": str(runsc)}))
     assert "runsc" in said
     server.assert_nothing_left()
 

@@ -107,15 +107,18 @@ def listed(client: Client) -> dict[str, Sandbox]:
 
 
 def test_an_idle_sandbox_is_hibernated_if_it_is_persistent_and_deleted_if_not(make: MakeSandbox, client: Client) -> None:
-    persistent, passing, working, kept = (make(ttl_seconds=2, persistent=keeps) for keeps in (True, False, True, True))
+    # Each is held off as soon as it is there, so that a slow machine does not make it idle before.
+    kept = make(ttl_seconds=3, persistent=True)
     kept.keep_awake(600)
+    working = make(ttl_seconds=3, persistent=True)
     working.processes.start("sleep 1000", id="work")
+    persistent, passing = (make(ttl_seconds=3, persistent=keeps) for keeps in (True, False))
     persistent.exec("echo kept > /var/kept")
     until(lambda: listed(client)[persistent.id].status == "hibernated", "the persistent one is hibernated")
     until(lambda: passing.id not in listed(client), "the other one is deleted")
     assert listed(client)[persistent.id].status_reason == "idle"
     assert persistent.lifecycle()["status"] == "hibernated"
-    time.sleep(4)
+    time.sleep(5)
     assert (listed(client)[working.id].status, listed(client)[kept.id].status) == ("running", "running")
     life = working.lifecycle()
     assert (life["idle_seconds"], life["idle_reason"]) == (0, "processes run inside"), life

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pandastack.cli import console
+from pandastack.wire.isolation import AUTO
 
 if TYPE_CHECKING:
     from pandastack.sdk.client import Client
@@ -37,6 +38,7 @@ def run(
     env: Env = None,
     cpu: Annotated[float | None, typer.Option(help="Cores.")] = None,
     memory_mb: Annotated[int | None, typer.Option(help="MiB.")] = None,
+    isolation: console.Isolation = AUTO,
     keep: Annotated[bool, typer.Option("--keep", help="Do not delete the sandbox; its id is printed on stderr.")] = False,
     as_json: console.Json = False,
 ) -> None:
@@ -45,7 +47,7 @@ def run(
     with (
         console.client() as client,
         ending_on_signals(),
-        temporary_sandbox(client, keep, RUN_TTL_S, template=template, cpu=cpu, memory_mb=memory_mb) as sandbox,
+        temporary_sandbox(client, keep, RUN_TTL_S, template=template, cpu=cpu, memory_mb=memory_mb, isolation=isolation) as sandbox,
     ):
         if keep:
             console.say(f"sandbox {sandbox.id}")

@@ -24,6 +24,7 @@ INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Metadata = Annotated[list[str] | None, typer.Option("--metadata", "-m", metavar="KEY=VALUE", help="May be repeated.")]
+Isolation = Annotated[str, typer.Option(help="auto (the strongest that works there), microvm (a kernel of its own), gvisor, or qemu.")]
 SandboxId = Annotated[str, typer.Argument(metavar="SANDBOX", help="The id of a sandbox.")]
 
 

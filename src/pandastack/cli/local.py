@@ -90,32 +90,45 @@ def setup() -> None:
     replace_with("pandastack.host", ["setup"])
 
 
-def doctor(as_json: console.Json = False) -> None:
-    """What this machine can run, and what to change. Exit code 1 where it cannot run sandboxes."""
+def doctor(
+    as_json: console.Json = False,
+    security: Annotated[bool, typer.Option("--security", help="The checklist for running strangers' code, instead.")] = False,
+) -> None:
+    """What this machine can run, and what to change. Exit code 1 where it cannot run sandboxes, or the checklist fails."""
     require_server("pandastack.host")
     begun = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "pandastack.host", "doctor", "--json"], stdout=subprocess.PIPE, check=False)
+    command = [sys.executable, "-m", "pandastack.host", "doctor", "--json", *(["--security"] if security else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     try:
         report: dict[str, Any] = json.loads(done.stdout)
-        runs = report["auto"] is not None and bool(report["checks"])
+        runs = bool(report["checks"]) and (done.returncode == 0 if security else report["auto"] is not None)
     except (ValueError, KeyError, TypeError):
         console.fail(f"the check of this machine ended with exit code {done.returncode} and no report")
-    console.show(report, as_json, lambda: _show_report(report, time.monotonic() - begun))
+    console.show(report, as_json, lambda: _show_checks(report) if security else _show_report(report, time.monotonic() - begun))
     if not runs:
         raise typer.Exit(1)
 
 
-def _show_report(report: dict[str, Any], seconds: float) -> None:
+def _show_checks(report: dict[str, Any]) -> None:
     words = {True: "ok", False: "no", None: "?"}
     checks = [
         (check["name"], words.get(check["ok"], "?"), check.get("detail"), None if check["ok"] else check.get("hint"))
         for check in report["checks"]
     ]
-    names = ("name", "version", "isolation", "reason", "hint")
-    runtimes = [("yes" if item["works"] else "no", *(item.get(name) for name in names)) for item in report.get("runtimes", [])]
     console.table(("CHECK", "STATE", "DETAIL", "WHAT TO DO"), checks)
+
+
+def _show_report(report: dict[str, Any], seconds: float) -> None:
+    _show_checks(report)
+    runtimes = [
+        (
+            "yes" if item["works"] else "no", item["name"], item.get("version"), item.get("isolation"),
+            item.get("acceleration") if item["works"] else None, item.get("reason"), None if item["works"] else item.get("hint"),
+        )
+        for item in report.get("runtimes", [])
+    ]  # fmt: skip
     print()
-    console.table(("WORKS", "RUNTIME", "VERSION", "ISOLATION", "REASON", "WHAT TO DO"), runtimes)
+    console.table(("WORKS", "RUNTIME", "VERSION", "ISOLATION", "ACCELERATION", "REASON", "WHAT TO DO"), runtimes)
     print()
     chosen = report["auto"] or "none"
     print(f"chosen runtime: {console.clean(chosen)} ({console.clean(report.get('auto_reason', ''))}); checked in {seconds:.1f} s")

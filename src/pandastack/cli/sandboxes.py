@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pandastack.cli import commands, console, history, states
+from pandastack.wire.isolation import AUTO
 
 if TYPE_CHECKING:
     from pandastack.sdk.sandboxes import Sandbox
@@ -40,6 +41,7 @@ def create(
     checkpoint_execs: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Let it take a point after every n-th command (see `sandbox checkpoints`).")
     ] = None,
+    isolation: console.Isolation = AUTO,
     as_json: console.Json = False,
 ) -> None:
     """Start a sandbox; prints its id."""
@@ -47,7 +49,7 @@ def create(
         sandbox = client.sandboxes.create(
             template, cpu, memory_mb, ttl, persistent, console.pairs(metadata, "--metadata"), from_snapshot,
             disk_mb=disk_mb, env=console.pairs(env, "--env"),
-            checkpoints={"every_execs": checkpoint_execs} if checkpoint_execs else None,
+            checkpoints={"every_execs": checkpoint_execs} if checkpoint_execs else None, isolation=isolation,
         )  # fmt: skip
     if sandbox.template_note and not as_json:
         console.say(sandbox.template_note)
@@ -66,14 +68,17 @@ def list_sandboxes(
     """The newest first."""
     with console.client() as client:
         found = client.sandboxes.list(status=status, metadata=console.pairs(metadata, "--metadata") or None, limit=limit)
-    columns = ("ID", "TEMPLATE", "STATUS", "CPU", "MEMORY", "RUNTIME", "CREATED", "METADATA")
+    columns = ("ID", "TEMPLATE", "STATUS", "CPU", "MEMORY", "RUNTIME", "ISOLATION", "CREATED", "METADATA")
     console.show([sandbox.to_dict() for sandbox in found], as_json, lambda: console.table(columns, map(_row, found)))
 
 
 def _row(sandbox: Sandbox) -> tuple[object, ...]:
     metadata = ",".join(f"{key}={value}" for key, value in sandbox.metadata.items())
+    # `qemu (tcg)` is much less than `qemu (kvm)`, so it must be seen.
+    runtime = f"{sandbox.runtime} ({sandbox.acceleration})" if sandbox.acceleration else sandbox.runtime
     return (
-        sandbox.id, sandbox.template, sandbox.status, sandbox.cpu, f"{sandbox.memory_mb} MiB", sandbox.runtime, sandbox.created_at, metadata
+        sandbox.id, sandbox.template, sandbox.status, sandbox.cpu, f"{sandbox.memory_mb} MiB", runtime, sandbox.isolation,
+        sandbox.created_at, metadata,
     )  # fmt: skip
 
 

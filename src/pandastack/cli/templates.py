@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pandastack.cli import console
+from pandastack.wire.isolation import AUTO
 
 if TYPE_CHECKING:
     from pandastack.sdk.results import BakeProgress
@@ -38,10 +39,10 @@ def get(name: Name, as_json: console.Json = False) -> None:
 
 
 @app.command()
-def bake(name: Name, as_json: console.Json = False) -> None:
+def bake(name: Name, isolation: console.Isolation = AUTO, as_json: console.Json = False) -> None:
     """Make a template ready; shows how far it is (JSON lines with --json)."""
     with console.client() as client:
-        steps = client.templates.bake(name)
+        steps = client.templates.bake(name, isolation)
         if as_json:
             for step in steps:
                 print(json.dumps(console.plain(step)), flush=True)
@@ -51,10 +52,12 @@ def bake(name: Name, as_json: console.Json = False) -> None:
             for step in steps:
                 console.say(f"{step.step}: {step.message}")
         template = client.templates.get(name)
+    # The stream ended well, so it is ready where it was asked for; `state` is that of the runtime that `auto` means.
+    state = template.state if isolation == AUTO else "ready"
     if as_json:
-        print(json.dumps({"step": "done", "name": template.name, "state": template.state}), flush=True)
+        print(json.dumps({"step": "done", "name": template.name, "state": state}), flush=True)
     else:
-        print(f"{console.clean(template.name)} is {template.state}")
+        print(f"{console.clean(template.name)} is {state}" + (f" for {console.clean(isolation)}" if isolation != AUTO else ""))
 
 
 def _bars(steps: Iterator[BakeProgress]) -> None:

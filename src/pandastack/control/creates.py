@@ -256,4 +256,6 @@ def _facts(made: HostSandbox) -> dict[str, Any]:
         "boot_mode": made.boot_mode,
         "runtime": made.runtime,
         "isolation": made.isolation,
+        "acceleration": made.acceleration,
+        "own_kernel": made.own_kernel,
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Literal
 
 from pandastack.control.fake_shell import FakeProcess
@@ -29,9 +29,9 @@ from pandastack.wire.host import (
     Output,
     OutputSlice,
     ProcessExit,
-    RuntimeInfo,
 )
 from pandastack.wire.ids import HostId, ProcessId, SandboxId, SnapshotId, new_process_id
+from pandastack.wire.isolation import AUTO
 from pandastack.wire.processes import ExecRequest, ProcessStart, ProcessView, PtySize, SignalRequest
 from pandastack.wire.sandboxes import SandboxMetrics
 from pandastack.wire.templates import BakeProgress, TemplateView
@@ -45,7 +45,6 @@ class FakeHost(FakeStates):
         super().__init__(sandboxes_max=sandboxes_max, memory_mb=memory_mb, create_s=create_s)
         self.id = HostId("fake")
         self.bake_steps = 3
-        self.runtime_works = True
         self._next_pid = 100
 
     async def aclose(self) -> None:
@@ -59,12 +58,13 @@ class FakeHost(FakeStates):
 
     async def describe(self) -> HostInfo:
         await self._step("describe")
-        used = self._in_memory()
+        used, best = self._in_memory(), self.runtimes.best()
+        works = [info.name for info in self.runtimes.infos() if info.works]
         return HostInfo(
             id=self.id,
             version="fake",
-            runtime="fake" if self.runtime_works else None,
-            runtimes=[RuntimeInfo(name="fake", works=self.runtime_works, isolation="none: for tests", hint="use a real host")],
+            runtime=best.name if best is not None else None,
+            runtimes=self.runtimes.infos(),
             capacity=HostCapacity(
                 memory_mb=self.memory_mb,
                 memory_reserved_mb=sum(state.memory_mb for state in used),
@@ -75,8 +75,12 @@ class FakeHost(FakeStates):
                 sandboxes=len(used),
                 sandboxes_max=self.sandboxes_max,
             ),
-            templates=[TemplateView(name=name, actual=name, state=state) for name, state in self.templates.items()],
+            templates=[self._template(name, best.name if best is not None else None, works) for name in self.templates],
         )
+
+    def _template(self, name: str, best: str | None, works: Sequence[str]) -> TemplateView:
+        states = {runtime: self.runtimes.template_state(name, runtime) for runtime in works}
+        return TemplateView(name=name, actual=name, state=states[best] if best is not None else "missing", runtimes=states)
 
     async def events(self, after: int, *, timeout_s: float) -> list[HostEvent]:
         await self._step("events")
@@ -248,17 +252,18 @@ class FakeHost(FakeStates):
             async for events in batches:
                 yield events
 
-    async def bake(self, template: str) -> AsyncIterator[BakeProgress]:
+    async def bake(self, template: str, isolation: str = AUTO) -> AsyncIterator[BakeProgress]:
         await self._step("bake")
+        runtime = self.runtimes.choose(isolation).name
         if template not in self.templates:
             raise TemplateNotFound("no such template")
-        if self.templates[template] == "ready":
+        if self.runtimes.template_state(template, runtime) == "ready":
             return
         for step in range(self.bake_steps):
-            self.templates[template] = "baking"
+            self.runtimes.set_template(template, runtime, "baking")
             yield BakeProgress(step="copy", message="copying files", done=step, total=self.bake_steps, unit="layers")
             await self._step("bake.step")
-        self.templates[template] = "ready"
+        self.runtimes.set_template(template, runtime, "ready")
 
     # Inside
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pandastack.control.fake_files import FakeFiles
+from pandastack.control.fake_runtimes import FakeRuntimes
 from pandastack.control.fake_shell import FakeProcess
 from pandastack.errors import (
     CapacityError,
@@ -22,15 +23,14 @@ from pandastack.errors import (
     SandboxNotFound,
     SandboxNotRunning,
     SnapshotNotFound,
+    SnapshotUnusable,
     TemplateNotFound,
     TemplateNotReady,
 )
 from pandastack.wire.diff import HostChange, HostPoint
 from pandastack.wire.host import EventKind, HostCreate, HostEvent, HostFork, HostRewind, HostRewound, HostSandbox, HostSnapshot
 from pandastack.wire.ids import ProcessId, SandboxId, SnapshotId
-from pandastack.wire.templates import TemplateState
 
-TEMPLATES = ("base", "code-interpreter", "ubuntu-24.04")
 SAVED_BYTES = 1 << 20
 
 
@@ -76,7 +76,8 @@ class FakeStates:
         self.delays_s: dict[str, float] = {"create": create_s}
         self.calls: dict[str, int] = {}
         self.wakes: dict[SandboxId, int] = {}
-        self.templates: dict[str, TemplateState] = dict.fromkeys(TEMPLATES, "ready")
+        self.runtimes = FakeRuntimes()
+        self.templates = self.runtimes.templates
         self._failures: dict[str, list[BaseException]] = {}
         self._held: dict[str, asyncio.Event] = {}
         self._events: list[HostEvent] = []
@@ -131,10 +132,15 @@ class FakeStates:
             saved = None
             if request.snapshot is not None:
                 saved = self._saved(request.snapshot)
-            elif request.template not in self.templates:
-                raise TemplateNotFound(f"no template is called {request.template!r}")
-            elif self.templates[request.template] != "ready":
-                raise TemplateNotReady("the template is not ready", retry_after_s=5)
+                runtime = self.runtimes.choose(saved.saved.runtime)
+                if not self.runtimes.meets(request.isolation, runtime.name):
+                    raise SnapshotUnusable("this snapshot was made on another runtime", field="isolation", reason="runtime")
+            else:
+                runtime = self.runtimes.choose(request.isolation)
+                if request.template not in self.templates:
+                    raise TemplateNotFound(f"no template is called {request.template!r}")
+                if self.runtimes.template_state(request.template, runtime.name) != "ready":
+                    raise TemplateNotReady("the template is not ready", retry_after_s=5)
             self._check_room(request.memory_mb or 512)
             await self._step("create")
             # Other creates went on meanwhile.
@@ -144,8 +150,10 @@ class FakeStates:
                 status="running",
                 template=request.template,
                 template_actual=request.template,
-                runtime="fake",
-                isolation="none: for tests",
+                runtime=runtime.name,
+                isolation=runtime.isolation,
+                acceleration=runtime.acceleration,
+                own_kernel=runtime.capabilities["own_kernel"],
                 cpu=request.cpu or 1,
                 memory_mb=request.memory_mb or 512,
                 disk_mb=request.disk_mb or 2048,

@@ -36,6 +36,7 @@ from pandastack.wire.host import (
     ProcessExit,
 )
 from pandastack.wire.ids import HostId, ProcessId, SandboxId, SnapshotId
+from pandastack.wire.isolation import AUTO
 from pandastack.wire.processes import ExecRequest, ProcessStart, ProcessView, PtySize, SignalRequest
 from pandastack.wire.sandboxes import SandboxMetrics
 from pandastack.wire.templates import BakeProgress
@@ -251,6 +252,9 @@ class Host(Protocol):
 
     # Templates
 
-    def bake(self, template: str) -> AsyncIterator[BakeProgress]:
-        """Build and bake a template if it is not ready; one bake runs, later callers follow it."""
+    def bake(self, template: str, isolation: str = AUTO) -> AsyncIterator[BakeProgress]:
+        """Build and bake a template for one runtime if it is not ready there; one bake runs, later callers follow it.
+
+        `isolation` as in `HostCreate`; raises what a create says of it.
+        """
         ...

@@ -11,19 +11,24 @@ from dataclasses import dataclass
 
 from pandastack.control.settings import ControlSettings
 from pandastack.control.store.snapshots import SnapshotRow
-from pandastack.errors import CapacityError, HostUnfit, InvalidRequest, SnapshotUnusable, TemplateNotFound
+from pandastack.errors import CapacityError, HostUnfit, InvalidRequest, TemplateNotFound
 from pandastack.wire.host import HostInfo
 from pandastack.wire.ids import HostId
+from pandastack.wire.isolation import AUTO, MICROVM
 from pandastack.wire.sandboxes import SandboxCreate
 from pandastack.wire.templates import TemplateView
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """The host and the full limits of the sandbox; sizes in MiB. `template` is None where a snapshot takes its place."""
+    """The host and the full limits of the sandbox; sizes in MiB. `template` is None where a snapshot takes its place.
+
+    `runtime` is the one that will take it, as far as is known: None where the host has to find out first, or will refuse.
+    """
 
     host_id: HostId
     template: TemplateView | None
+    runtime: str | None
     cpu: float
     memory_mb: int
     disk_mb: int
@@ -39,7 +44,7 @@ def choose(request: SandboxCreate, hosts: Sequence[HostInfo], settings: ControlS
 
     Raises InvalidRequest naming the field that is over a maximum, too small for the snapshot, or not available,
     TemplateNotFound (as a 400: the request is wrong, not its address), HostUnfit where no runtime works, CapacityError
-    where no host is there, SnapshotUnusable where the host has another runtime than the snapshot.
+    where no host is there. Whether the host has the isolation that is asked for, it says itself: it may be trying a runtime still.
     """
     if request.volumes:
         raise InvalidRequest("volumes are not available in this version", field="volumes")
@@ -59,7 +64,10 @@ def choose(request: SandboxCreate, hosts: Sequence[HostInfo], settings: ControlS
     disk_mb = request.disk_mb if request.disk_mb is not None else template.disk_mb
     _check_sizes(cpu, memory_mb, disk_mb, fit, settings)
     best = max(fit, key=lambda host: host.capacity.memory_mb - host.capacity.memory_reserved_mb)
-    return Placement(host_id=best.id, template=template, cpu=cpu, memory_mb=memory_mb, disk_mb=disk_mb, ttl_seconds=ttl_seconds)
+    runtime = _runtime(request.isolation, best)
+    return Placement(
+        host_id=best.id, template=template, runtime=runtime, cpu=cpu, memory_mb=memory_mb, disk_mb=disk_mb, ttl_seconds=ttl_seconds
+    )
 
 
 def _beside(
@@ -70,12 +78,6 @@ def _beside(
     if not there:
         raise CapacityError("the machine that holds this snapshot is not connected", retry_after_s=5)
     (host,) = _fit(there)
-    if snapshot.runtime is not None and host.runtime != snapshot.runtime:
-        raise SnapshotUnusable(
-            f"this snapshot was made by the runtime {snapshot.runtime!r}, and its machine now uses {host.runtime!r}",
-            field="from_snapshot",
-            reason="runtime",
-        )
     cpu = float(request.cpu if request.cpu is not None else snapshot.cpu)
     memory_mb = request.memory_mb if request.memory_mb is not None else snapshot.memory_mb
     disk_mb = request.disk_mb if request.disk_mb is not None else snapshot.disk_mb
@@ -83,7 +85,16 @@ def _beside(
         if value < minimum:
             raise InvalidRequest(f"{field} must be at least the snapshot's {minimum}", field=field, minimum=minimum)
     _check_sizes(cpu, memory_mb, disk_mb, there, settings)
-    return Placement(host_id=host.id, template=None, cpu=cpu, memory_mb=memory_mb, disk_mb=disk_mb, ttl_seconds=ttl_seconds)
+    return Placement(
+        host_id=host.id, template=None, runtime=snapshot.runtime, cpu=cpu, memory_mb=memory_mb, disk_mb=disk_mb, ttl_seconds=ttl_seconds
+    )
+
+
+def _runtime(isolation: str, host: HostInfo) -> str | None:
+    if isolation == AUTO:
+        return host.runtime
+    meant = [info for info in host.runtimes if info.name == isolation or (isolation == MICROVM and info.capabilities.get("own_kernel"))]
+    return next((info.name for info in meant if info.works), None)
 
 
 def _fit(hosts: Sequence[HostInfo]) -> list[HostInfo]:

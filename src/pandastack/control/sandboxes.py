@@ -39,6 +39,7 @@ from pandastack.errors import (
 )
 from pandastack.wire.host import HostCreate, HostSandbox
 from pandastack.wire.ids import SandboxId, SnapshotId, TenantId, is_uuid
+from pandastack.wire.isolation import AUTO
 from pandastack.wire.sandboxes import (
     Checkpoints,
     CheckpointState,
@@ -93,7 +94,7 @@ class Sandboxes:
     async def create(self, caller: Caller, request: SandboxCreate, key: str | None) -> Created:
         """Make a sandbox, at most one per idempotency key. Raises what placement, the store and the host raise."""
         # What is not given is left out, so that a key of an earlier version means the same.
-        left_out = {"checkpoints"} if request.checkpoints is None else None
+        left_out = {name for name, unset in (("checkpoints", None), ("isolation", AUTO)) if getattr(request, name) == unset}
         asked = Request(caller.tenant, key, digest(request.model_dump(mode="json", exclude=left_out)), count=1)
 
         async def plan(ids: Sequence[SandboxId]) -> Plan:
@@ -107,8 +108,8 @@ class Sandboxes:
         async with deadline(self._settings.host_timeout_s):
             info = await self._host.describe()
         place = placement.choose(request, [info], self._settings, snapshot)
-        if place.template is not None and place.template.state != "ready":
-            await self._bakes.ensure(request.template, wait_s=self._settings.template_wait_s)
+        if place.template is not None and place.runtime is not None and place.template.runtimes.get(place.runtime) != "ready":
+            await self._bakes.ensure(request.template, request.isolation, wait_s=self._settings.template_wait_s)
         row = SandboxRow(
             id=sandbox_id,
             tenant_id=caller.tenant,
@@ -134,6 +135,7 @@ class Sandboxes:
             memory_mb=row.memory_mb,
             disk_mb=row.disk_mb,
             snapshot=row.from_snapshot,
+            isolation=request.isolation,
         )
 
         async def make() -> builtins.list[HostSandbox]:

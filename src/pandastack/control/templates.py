@@ -1,5 +1,5 @@
-"""Templates on demand: a create may ask for one that this machine has not made yet. One bake per template runs at a
-time, owned by the control plane, whoever asked for it and however soon they left.
+"""Templates on demand: a create may ask for one that this machine has not made yet. One bake per template and isolation runs at
+a time, owned by the control plane, whoever asked for it and however soon they left.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Bakes:
     def __init__(self, host: Host, crew: Crew) -> None:
         self._host = host
         self._crew = crew
-        self._running: dict[str, _Bake] = {}
+        self._running: dict[tuple[str, str], _Bake] = {}
 
-    async def ensure(self, template: str, *, wait_s: float) -> None:
+    async def ensure(self, template: str, isolation: str, *, wait_s: float) -> None:
         """Start the bake if none runs, and wait for it. Raises TemplateNotReady after `wait_s`, or what the bake raised."""
-        bake = self._start(template)
+        bake = self._start(template, isolation)
         try:
             async with asyncio.timeout(wait_s):
                 while not bake.ended:
@@ -63,9 +63,9 @@ class Bakes:
         if bake.error is not None:
             raise bake.error
 
-    async def follow(self, template: str) -> AsyncIterator[BakeProgress]:
+    async def follow(self, template: str, isolation: str) -> AsyncIterator[BakeProgress]:
         """Start the bake if none runs, and report its progress until it ends; raises what it raised."""
-        bake = self._start(template)
+        bake = self._start(template, isolation)
         seen: BakeProgress | None = None
         while True:
             changed = bake.changed
@@ -80,16 +80,16 @@ class Bakes:
         if bake.error is not None:
             raise bake.error
 
-    def _start(self, template: str) -> _Bake:
-        bake = self._running.get(template)
+    def _start(self, template: str, isolation: str) -> _Bake:
+        bake = self._running.get((template, isolation))
         if bake is None:
-            bake = self._running[template] = _Bake()
-            self._crew.start("bake", self._run(template, bake))
+            bake = self._running[template, isolation] = _Bake()
+            self._crew.start("bake", self._run(template, isolation, bake))
         return bake
 
-    async def _run(self, template: str, bake: _Bake) -> None:
+    async def _run(self, template: str, isolation: str, bake: _Bake) -> None:
         try:
-            async with closing(self._host.bake(template)) as steps:
+            async with closing(self._host.bake(template, isolation)) as steps:
                 async for step in steps:
                     bake.progress = step
                     bake.tell()
@@ -101,5 +101,5 @@ class Bakes:
             raise
         finally:
             bake.ended = True
-            del self._running[template]
+            del self._running[template, isolation]
             bake.tell()

@@ -1,14 +1,15 @@
 """`python -m pandastack.host doctor|setup|storage`; what the command line starts.
 
-doctor: exit code 0 when some runtime works, else 1. setup: fetches what this host lacks (runsc) into the cache directory,
-lines of progress on stderr, the path on stdout. storage init: makes a pool, its file on stdout. storage status: what
-takes the disk. Wrong usage: 2.
+doctor: exit code 0 when some runtime works, else 1; with --security 1 when something of the production checklist fails. setup: fetches
+what this host lacks (runsc, and a guest kernel where there is QEMU) into the cache directory, lines of progress on stderr, the path of
+runsc on stdout. storage init: makes a pool, its file on stdout. storage status: what takes the disk. Wrong usage: 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -16,11 +17,9 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from pandastack.errors import HostUnfit, PandastackError
-from pandastack.host import doctor, fetch_runsc, lock
-from pandastack.host.settings import HostSettings
+from pandastack.host import app, doctor, fetch_runsc, hardening, lock, runtimes_here
+from pandastack.host.settings import HostSettings, read
 from pandastack.host.storage import space, status
 from pandastack.host.storage.pool import Pool
 
@@ -28,7 +27,9 @@ from pandastack.host.storage.pool import Pool
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pandastack.host", description="Look at this host, or fetch what it needs.")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("doctor", help="what this machine can run, and what to change").add_argument("--json", action="store_true")
+    examined = verbs.add_parser("doctor", help="what this machine can run, and what to change")
+    examined.add_argument("--json", action="store_true")
+    examined.add_argument("--security", action="store_true", help="the production checklist instead")
     verbs.add_parser("setup", help="fetch runsc into the cache directory when there is none")
     storage = verbs.add_parser("storage", help="what takes the disk, and a pool whose files share blocks").add_subparsers(
         dest="action", required=True
@@ -42,14 +43,13 @@ def main(argv: list[str] | None = None) -> int:
         verb.add_argument("--data-dir", type=Path)
     arguments = parser.parse_args(argv)
     try:
-        settings = HostSettings()
+        settings = read()
         if arguments.verb == "storage":
-            settings = HostSettings(data_dir=arguments.data_dir) if arguments.data_dir is not None else settings
+            settings = read(data_dir=arguments.data_dir) if arguments.data_dir is not None else settings
             return _storage_init(settings, arguments) if arguments.action == "init" else _storage_status(settings, arguments.json)
+        if arguments.verb == "doctor" and arguments.security:
+            return _checklist(settings, arguments.json)
         return asyncio.run(_until_signal(_doctor(settings, arguments.json) if arguments.verb == "doctor" else _setup(settings)))
-    except ValidationError as error:
-        first = error.errors()[0]
-        return _fail(f"the setting PANDASTACK_{str(first['loc'][0]).upper()} is wrong: {first['msg']}", None)
     except PandastackError as error:
         return _fail(error.message, error.hint)
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -69,6 +69,13 @@ async def _doctor(settings: HostSettings, as_json: bool) -> int:
     return 0 if report.auto is not None else 1
 
 
+def _checklist(settings: HostSettings, as_json: bool) -> int:
+    checks = hardening.examine(hardening.Here(settings=settings))
+    shown = json.dumps({"checks": [check.model_dump() for check in checks]}, indent=2) + "\n" if as_json else doctor.render_checks(checks)
+    sys.stdout.write(shown)
+    return 1 if any(check.ok is False for check in checks) else 0
+
+
 async def _setup(settings: HostSettings) -> int:
     prefix = settings.cache_dir / "runsc"
     path = await doctor.usable_runsc(settings)
@@ -83,8 +90,21 @@ async def _setup(settings: HostSettings) -> int:
             path = await fetch_runsc.fetch(prefix, debian_mirror=settings.debian_mirror, say=_say)
         except OSError as error:
             return _fail(f"nothing can be written in {prefix} ({error.strerror})", "run as root, or set PANDASTACK_CACHE_DIR")
+    await _guest_kernel(settings)
     sys.stdout.write(f"{path}\n")
     return 0
+
+
+async def _guest_kernel(settings: HostSettings) -> None:
+    """What microVMs boot, where there may be some. That it cannot be had is told, and no failure: gVisor does not need it."""
+    if "qemu" not in runtimes_here.wanted(settings) or runtimes_here.qemu(settings) is None:
+        return
+    try:
+        guest, _ = await asyncio.to_thread(app.guest_directory, settings.cache_dir / "guest")
+        kernel = await runtimes_here.guest_kernel(settings, guest, say=_say)
+        _say(f"the guest kernel for microVMs is {kernel.version}")
+    except (HostUnfit, OSError) as error:
+        _say(f"there will be no microVMs, for want of a guest kernel: {error}")
 
 
 def _storage_init(settings: HostSettings, arguments: argparse.Namespace) -> int:

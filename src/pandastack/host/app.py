@@ -73,7 +73,7 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
             say=say,
         )
         parts = _Parts(settings, pool, views, guest, guest_digest)
-        backends = Backends(offers(here), parts.backend, parts.refills, minimum=settings.min_isolation)
+        backends = Backends(await offers(here), parts.backend, parts.refills, minimum=settings.min_isolation)
         registry = Registry(Ledger(settings.data_dir / "ledger"), backends, parts.admission)
         states = States(registry, parts.snapshots)
         forks = Forks(states, settings.captures_dir or pool.root / "captures")

@@ -184,13 +184,6 @@ class Bakery:
         """The template as the API shows it. Raises TemplateNotFound, TemplateError."""
         recipe = self._images.recipe(name)
         image = self._images.cached(name)
-        state: TemplateState = "built" if image else "missing"
-        if (name, None) in self._jobs:
-            state = "baking" if image else "building"
-        elif self.ready(name):
-            state = "ready"
-        elif name in self._errors:
-            state = "failed"
         effective = image.recipe if image else recipe
         return TemplateView(
             name=name,
@@ -205,11 +198,22 @@ class Bakery:
             memory_mb=effective.memory_mb or 512,
             disk_mb=effective.disk_mb or 2048,
             size_bytes=image.size_bytes if image else 0,
-            state=state,
+            state=self.state(name),
             error=self._errors.get(name),
             digest=image.digest if image else None,
             distribution=image.distribution if image else None,
         )
+
+    def state(self, name: str) -> TemplateState:
+        """How far this runtime is with the template. Raises TemplateNotFound, TemplateError."""
+        image = self._images.cached(name)
+        if (name, None) in self._jobs:
+            return "baking" if image else "building"
+        if self.ready(name):
+            return "ready"
+        if name in self._errors:
+            return "failed"
+        return "built" if image else "missing"
 
     async def close(self) -> None:
         """Cancel what is being baked and wait until it is undone."""

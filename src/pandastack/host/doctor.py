@@ -11,7 +11,7 @@ import importlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +19,17 @@ from pydantic import BaseModel, ConfigDict
 
 from pandastack.errors import HostUnfit, PandastackError
 from pandastack.host import checks, fetch_runsc, kvm, runtimes_here
+from pandastack.host.backends import Offer
 from pandastack.host.checks import Check
 from pandastack.host.keeper import Keeper
 from pandastack.host.runtimes.base import Probe
 from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
 from pandastack.host.settings import HostSettings
 from pandastack.wire.host import RuntimeInfo
-from pandastack.wire.isolation import level
+from pandastack.wire.isolation import MINIMUMS, ORDER, Level, Minimum, level
 
 _PROBE_TIMEOUT_S = 120.0
+_MARKS = {True: "ok  ", False: "FAIL", None: "--  "}
 _NOT_ROOT = "not tried, because this user is not root"
 _FETCH = f"run `{Path(sys.executable).name} -m pandastack.host setup`, or name one in PANDASTACK_RUNSC"
 
@@ -48,10 +50,10 @@ class Report(BaseModel):
 
 async def examine(settings: HostSettings) -> Report:
     """Everything, in about the time of the slowest probe. Raises HostUnfit where PANDASTACK_RUNTIMES names what is no runtime."""
-    runtimes_here.wanted(settings)
+    wanted = runtimes_here.wanted(settings)
     root = checks.root()
     guest = _guest()
-    looked, found = await asyncio.gather(
+    looked, gvisor, others = await asyncio.gather(
         asyncio.gather(
             *_basics(settings, root),
             _checked("user namespaces", checks.user_namespaces),
@@ -63,11 +65,13 @@ async def examine(settings: HostSettings) -> Report:
             _checked("template tools", lambda: checks.template_tools(settings.debian_mirror, settings.ubuntu_mirror)),
             _awaited("kvm", kvm.check()),
         ),
-        _gvisor(settings, root, guest),
+        _gvisor(settings, root, guest) if "gvisor" in wanted else _none(),
+        _others(settings, root, guest),
     )
-    gvisor, tried = found
-    name, reason = choose([gvisor])
-    return Report(checks=[*looked, _guest_check(guest), *tried], runtimes=[gvisor], auto=name, auto_reason=reason)
+    runtimes, tried = [*gvisor[0], *others], gvisor[1]
+    runtimes.sort(key=_level, reverse=True)
+    name, reason = choose(runtimes, settings.min_isolation)
+    return Report(checks=[*looked, _guest_check(guest), *tried], runtimes=runtimes, auto=name, auto_reason=reason)
 
 
 async def preflight(settings: HostSettings) -> list[Check]:
@@ -79,7 +83,7 @@ async def preflight(settings: HostSettings) -> list[Check]:
 async def usable_runsc(settings: HostSettings) -> Path | None:
     """The runsc that `up` would use, or None when one must be fetched. Where none can be tried, the first is taken as it is."""
     candidates = fetch_runsc.candidates(settings.runsc, settings.cache_dir / "runsc")
-    gvisor, tried = await _gvisor(settings, checks.root(), _guest())
+    (gvisor,), tried = await _gvisor(settings, checks.root(), _guest())
     if gvisor.works:
         return candidates[len(tried) - 1]
     return candidates[0] if tried[0].ok is None else None
@@ -93,32 +97,58 @@ def require(found: list[Check]) -> None:
         raise HostUnfit(failed[0].detail, hint="; ".join([failed[0].hint or "run `pandastack doctor`", *others]))
 
 
-def choose(runtimes: list[RuntimeInfo]) -> tuple[str | None, str]:
-    """The runtime that `auto` means and why: the strongest of what works here."""
+def choose(runtimes: list[RuntimeInfo], minimum: Minimum = "none") -> tuple[str | None, str]:
+    """The runtime that `auto` means and why: the strongest of what works here, if that is as strong as it must be."""
     works = [runtime for runtime in runtimes if runtime.works]
-    chosen = max(works, key=lambda runtime: level(runtime.name, runtime.isolation, runtime.acceleration), default=None)
+    chosen = max(works, key=_level, default=None)
     if chosen is None:
         reasons = "; ".join(f"{runtime.name}: {runtime.reason or 'it does not work here'}" for runtime in runtimes)
         return None, f"no runtime works here ({reasons})"
-    only = "; it is the only runtime of this version" if len(runtimes) == 1 else ""
-    return chosen.name, f"{chosen.name} works here, tried with a real sandbox{only}"
+    if _level(chosen) < MINIMUMS[minimum]:
+        return None, f"PANDASTACK_MIN_ISOLATION is {minimum}, and the strongest that works here is {_named(chosen)}"
+    among = f"the strongest of {', '.join(map(_named, works))}" if len(works) > 1 else "the only one that works here"
+    return chosen.name, f"{_named(chosen)}, tried with a real sandbox, is {among}; the order is {ORDER}"
+
+
+def _level(runtime: RuntimeInfo) -> Level:
+    return level(runtime.name, runtime.isolation, runtime.acceleration)
+
+
+def _named(runtime: RuntimeInfo) -> str:
+    return f"{runtime.name} with {runtime.acceleration}" if runtime.acceleration else runtime.name
 
 
 def render(report: Report) -> str:
     """The report for people: a line per check, its remedy below it when something is to be done."""
-    marks = {True: "ok  ", False: "FAIL", None: "--  "}
-    lines = []
-    for check in report.checks:
-        lines.append(f"{marks[check.ok]} {check.name}: {check.detail}")
-        if check.hint and check.ok is not True:
-            lines.append(f"       -> {check.hint}")
+    lines = list(_lines(report.checks))
     for runtime in report.runtimes:
-        words = [runtime.version, "works" if runtime.works else runtime.reason or "does not work"]
-        lines.append(f"{marks[runtime.works]} runtime {runtime.name}: {' '.join(word for word in words if word)}")
+        words = [runtime.version, _verdict(runtime)]
+        # One that works is enough.
+        mark = _MARKS[None if report.auto is not None and not runtime.works else runtime.works]
+        lines.append(f"{mark} runtime {runtime.name}: {' '.join(word for word in words if word)}")
         if runtime.hint and not runtime.works:
             lines.append(f"       -> {runtime.hint}")
     lines.append(f"auto: {report.auto or 'none'} ({report.auto_reason})")
     return "\n".join(lines) + "\n"
+
+
+def _verdict(runtime: RuntimeInfo) -> str:
+    if not runtime.works:
+        return runtime.reason or "does not work"
+    how = f"works, with {runtime.acceleration}" if runtime.acceleration else "works"
+    return f"{how} ({runtime.reason})" if runtime.reason else how
+
+
+def render_checks(checks: list[Check]) -> str:
+    """The production checklist for people, in the same form."""
+    return "\n".join(_lines(checks)) + "\n"
+
+
+def _lines(checks: list[Check]) -> Iterator[str]:
+    for check in checks:
+        yield f"{_MARKS[check.ok]} {check.name}: {check.detail}"
+        if check.hint and check.ok is not True:
+            yield f"       -> {check.hint}"
 
 
 def _basics(settings: HostSettings, root: Check) -> list[Awaitable[Check]]:
@@ -176,9 +206,14 @@ def _guest_check(guest: Path | None) -> Check:
     return checks.passed("guest daemon", str(guest))
 
 
-async def _gvisor(settings: HostSettings, root: Check, guest: Path | None) -> tuple[RuntimeInfo, list[Check]]:
+async def _gvisor(settings: HostSettings, root: Check, guest: Path | None) -> tuple[list[RuntimeInfo], list[Check]]:
     # In a thread with a loop of its own, which a signal cannot interrupt between making something and removing it.
-    return await asyncio.to_thread(lambda: asyncio.run(_gvisor_here(settings, root, guest)))
+    runtime, tried = await asyncio.to_thread(lambda: asyncio.run(_gvisor_here(settings, root, guest)))
+    return [runtime], tried
+
+
+async def _none() -> tuple[list[RuntimeInfo], list[Check]]:
+    return [], []
 
 
 async def _gvisor_here(settings: HostSettings, root: Check, guest: Path | None) -> tuple[RuntimeInfo, list[Check]]:
@@ -191,11 +226,7 @@ async def _gvisor_here(settings: HostSettings, root: Check, guest: Path | None) 
         probe = Probe(works=False, reason="it cannot be tried without the guest daemon", hint="pip install 'pandastack[server]'")
         return _info(probe), [_untried_runsc(candidates, "not tried, because the guest daemon is missing")]
     with tempfile.TemporaryDirectory(prefix="pandastack-doctor-") as name:
-        # The same file alone in a folder, as `up` gives it to sandboxes.
-        folder = Path(name) / "guest"
-        folder.mkdir(mode=0o755)
-        shutil.copyfile(guest, folder / "pandastack-guest")
-        (folder / "pandastack-guest").chmod(0o555)
+        folder = _guest_folder(guest, Path(name))
 
         async def prober(runsc: Path) -> tuple[Probe, str | None]:
             group = Path(name).name
@@ -249,6 +280,62 @@ def _info(probe: Probe) -> RuntimeInfo:
         isolation=GvisorRuntime.isolation,
         capabilities={"snapshot": capabilities.snapshot, "fork_memory": capabilities.fork_memory, "own_kernel": capabilities.own_kernel},
     )
+
+
+async def _others(settings: HostSettings, root: Check, guest: Path | None) -> list[RuntimeInfo]:
+    return await asyncio.to_thread(lambda: asyncio.run(_others_here(settings, root, guest)))
+
+
+async def _others_here(settings: HostSettings, root: Check, guest: Path | None) -> list[RuntimeInfo]:
+    """All but gVisor, each tried as the host tries it. Nothing is fetched; what a boot showed is kept for the host."""
+    with tempfile.TemporaryDirectory(prefix="pandastack-doctor-") as name:
+        work = Path(name)
+        here = runtimes_here.Surroundings(
+            settings=settings,
+            run_dir=work,
+            group=work.name,
+            guest=_guest_folder(guest, work) if guest is not None else work,
+            roots=work / "roots",
+            keeper=_NoKeeper(work / "keeper"),
+            say=lambda _: None,
+            fetch=False,
+        )
+        return [await try_offer(offer, root, guest) for offer in await runtimes_here.offers(here) if offer.name != GvisorRuntime.name]
+
+
+async def try_offer(offer: Offer, root: Check, guest: Path | None) -> RuntimeInfo:
+    """What a runtime of this host is, tried for real where that can be done."""
+    runtime = None
+    if not root.ok:
+        probe = Probe(works=False, reason=root.detail, hint=root.hint)
+    elif guest is None:
+        probe = Probe(works=False, reason="it cannot be tried without the guest daemon", hint="pip install 'pandastack[server]'")
+    else:
+        try:
+            runtime, probe = await offer.find()
+        except PandastackError as error:
+            probe = Probe(works=False, reason=error.message, hint=error.hint)
+        except Exception as error:
+            probe = Probe(works=False, reason=f"the probe itself failed: {type(error).__name__}: {error}", hint="please report it")
+    return RuntimeInfo(
+        name=offer.name,
+        works=probe.works,
+        version=probe.version,
+        reason=probe.reason,
+        hint=probe.hint,
+        isolation=offer.isolation,
+        acceleration=runtime.acceleration if runtime is not None and probe.works else offer.acceleration,
+        capabilities={"own_kernel": offer.own_kernel},
+    )
+
+
+def _guest_folder(guest: Path, work: Path) -> Path:
+    """The same file alone in a folder, as `up` gives it to sandboxes."""
+    folder = work / "guest"
+    folder.mkdir(mode=0o755)
+    shutil.copyfile(guest, folder / "pandastack-guest")
+    (folder / "pandastack-guest").chmod(0o555)
+    return folder
 
 
 class _NoKeeper(Keeper):

@@ -45,16 +45,16 @@ class Kernel:
 
 
 async def ensure(
-    prefix: Path, guest: Path, *, debian_mirror: str | None, say: Callable[[str], None], setting: Path | None = None
+    prefix: Path, guest: Path, *, debian_mirror: str | None, say: Callable[[str], None], setting: Path | None = None, fetch: bool = True
 ) -> Kernel:
     """The kernel and an initramfs with the daemon of `guest`, a directory as made by `app.guest_directory`.
 
     `setting` is a package file (.deb) of a kernel to use instead of fetching one. Takes seconds the first time, and no network
-    afterwards. Raises HostUnfit with a remedy.
+    afterwards. Raises HostUnfit with a remedy; without `fetch` also where one would have to be fetched.
     """
     if platform.machine() != "x86_64":
         raise HostUnfit("microVMs need a machine with x86-64", hint="use gVisor on this one")
-    folder = await unpacked(prefix, debian_mirror=debian_mirror, say=say, setting=setting)
+    folder = await unpacked(prefix, debian_mirror=debian_mirror, say=say, setting=setting, fetch=fetch)
     return await asyncio.to_thread(_with_initramfs, prefix, folder, guest / "pandastack-guest")
 
 
@@ -64,14 +64,18 @@ async def unpacked(
     debian_mirror: str | None,
     say: Callable[[str], None],
     setting: Path | None = None,
+    fetch: bool = True,
     package: str = _META_PACKAGE,
     modules: Sequence[str] = MODULES,
 ) -> Path:
     """The folder with `vmlinux` and `modules` of the kernel that Debian's `package` depends on; fetched if `prefix` has none.
 
-    A prefix is for one package and one list of modules. Raises HostUnfit with a remedy.
+    A prefix is for one package and one list of modules. Raises HostUnfit with a remedy, also where it would have to be fetched and
+    `fetch` says no.
     """
     folder = await _given(prefix, setting, modules) if setting is not None else _current(prefix)
+    if folder is None and not fetch:
+        raise HostUnfit("no guest kernel was fetched yet", hint="run `pandastack setup`")
     return folder or await _fetch(prefix, debian_mirror, say, package, modules)
 
 

@@ -5,13 +5,13 @@ To add a driver: a `_name` function below that answers an Offer, and its line in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import which
 
 from pandastack.errors import HostUnfit
-from pandastack.host import fetch_runsc, kernels
+from pandastack.host import fetch_runsc, kernels, kvm
 from pandastack.host.backends import Found, Offer
 from pandastack.host.keeper import Keeper
 from pandastack.host.runtimes.base import Probe
@@ -28,7 +28,7 @@ class Surroundings:
     """What drivers are made with. `guest` is the folder of the guest daemon, as sandboxes may see it.
 
     `group` marks every kernel object of this install; `run_dir` is its own and short. `roots` is the folder of root images, on
-    the file system that disks are on. `say` gets a line for each long step.
+    the file system that disks are on. `say` gets a line for each long step. Without `fetch` nothing is taken from the network.
     """
 
     settings: HostSettings
@@ -38,12 +38,13 @@ class Surroundings:
     roots: Path
     keeper: Keeper
     say: Callable[[str], None]
+    fetch: bool = True
 
 
-def offers(here: Surroundings) -> Sequence[Offer]:
+async def offers(here: Surroundings) -> Sequence[Offer]:
     """Every runtime that the settings let this host try. Raises HostUnfit for a name that is none."""
     names = wanted(here.settings)
-    return [offer(here) for name, offer in _OFFERS.items() if name in names]
+    return [await offer(here) for name, offer in _OFFERS.items() if name in names]
 
 
 def wanted(settings: HostSettings) -> Sequence[str]:
@@ -56,12 +57,12 @@ def wanted(settings: HostSettings) -> Sequence[str]:
     return names or list(_OFFERS)
 
 
-def _gvisor(here: Surroundings) -> Offer:
+async def _gvisor(here: Surroundings) -> Offer:
     settings, prefix = here.settings, here.settings.cache_dir / "runsc"
 
     async def find() -> Found:
         """The first runsc that really works here."""
-        if not fetch_runsc.candidates(settings.runsc, prefix):
+        if here.fetch and not fetch_runsc.candidates(settings.runsc, prefix):
             await fetch_runsc.fetch(prefix, debian_mirror=settings.debian_mirror, say=here.say)
         runtime, probe, reasons = None, Probe(works=False, reason="no runsc was found"), []
         for runsc in fetch_runsc.candidates(settings.runsc, prefix):
@@ -76,17 +77,15 @@ def _gvisor(here: Surroundings) -> Offer:
     return Offer(name="gvisor", isolation="gvisor", own_kernel=False, at_once=True, find=find)
 
 
-def _qemu(here: Surroundings) -> Offer:
+async def _qemu(here: Surroundings) -> Offer:
     settings = here.settings
+    binary = qemu(settings)
 
     async def find() -> Found:
         """QEMU with a guest kernel, and with KVM where a guest kernel runs on it."""
-        binary = qemu(settings)
         if binary is None:
             return None, Probe(works=False, reason="QEMU is not installed", hint="apt install qemu-system-x86, or set PANDASTACK_QEMU")
-        kernel = await kernels.ensure(
-            settings.cache_dir / "kernels", here.guest, debian_mirror=settings.debian_mirror, say=here.say, setting=settings.kernel
-        )
+        kernel = await guest_kernel(settings, here.guest, say=here.say, fetch=here.fetch)
         runtime = QemuRuntime(
             binary,
             vmlinux=kernel.vmlinux,
@@ -99,8 +98,15 @@ def _qemu(here: Surroundings) -> Offer:
         )
         return runtime, await runtime.probe()
 
-    # At best there is KVM, so `auto` waits for the answer.
-    return Offer(name="qemu", isolation="microvm", own_kernel=True, acceleration="kvm", find=find, rootfs=Roots(here.roots).ensure)
+    # Booting a kernel takes seconds. Only where it may turn out to be the strongest here, `auto` waits for that.
+    best = "kvm" if binary is not None and await kvm.hopeful() else "tcg"
+    return Offer(name="qemu", isolation="microvm", own_kernel=True, acceleration=best, find=find, rootfs=Roots(here.roots).ensure)
+
+
+async def guest_kernel(settings: HostSettings, guest: Path, *, say: Callable[[str], None], fetch: bool = True) -> kernels.Kernel:
+    """What microVMs boot, with the daemon in the folder `guest`. As `kernels.ensure`."""
+    prefix = settings.cache_dir / "kernels"
+    return await kernels.ensure(prefix, guest, debian_mirror=settings.debian_mirror, say=say, setting=settings.kernel, fetch=fetch)
 
 
 def qemu(settings: HostSettings) -> Path | None:
@@ -109,4 +115,4 @@ def qemu(settings: HostSettings) -> Path | None:
     return Path(found) if found else None
 
 
-_OFFERS: dict[str, Callable[[Surroundings], Offer]] = {"gvisor": _gvisor, "qemu": _qemu}
+_OFFERS: dict[str, Callable[[Surroundings], Awaitable[Offer]]] = {"gvisor": _gvisor, "qemu": _qemu}

@@ -62,12 +62,13 @@ class HostService:
         return best.name if best is not None else "none"
 
     async def describe(self) -> HostInfo:
-        best = self.backends.best()
+        best, here = self.backends.best(), self.backends.list()
         views = []
         if best is not None:
             for name in best.bakery.names():
                 with contextlib.suppress(PandastackError):  # A broken recipe is in the log; the others are still there.
-                    views.append(best.bakery.view(name))
+                    states = {backend.name: backend.bakery.state(name) for backend in here}
+                    views.append(best.bakery.view(name).model_copy(update={"runtimes": states}))
         return HostInfo(
             id=self.id,
             version=_version(),
@@ -263,8 +264,8 @@ class HostService:
 
     # Templates
 
-    async def bake(self, template: str) -> AsyncGenerator[BakeProgress, None]:
-        backend = await self.backends.choose(AUTO)
+    async def bake(self, template: str, isolation: str = AUTO) -> AsyncGenerator[BakeProgress, None]:
+        backend = await self.backends.choose(isolation)
         async with contextlib.aclosing(backend.bakery.follow(template)) as said:
             async for progress in said:
                 yield progress

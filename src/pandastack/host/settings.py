@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from pandastack.errors import HostUnfit
 from pandastack.wire.isolation import Minimum
 
 
@@ -35,3 +36,13 @@ class HostSettings(BaseSettings):
     memory_overcommit: float = Field(default=2.0, ge=1.0, le=16.0)
     disk_overcommit: float = Field(default=4.0, ge=1.0, le=64.0)
     disk_low_water_mb: int = Field(default=1024, ge=0)
+
+
+def read(**given: object) -> HostSettings:
+    """The settings of this process, `given` ones first. Raises HostUnfit in one sentence where one is wrong."""
+    try:
+        return HostSettings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = f"PANDASTACK_{str(first['loc'][0]).upper()}"
+        raise HostUnfit(f"the setting {name} is wrong: {first['msg']}", hint="see docs/host.md for what it may be") from error

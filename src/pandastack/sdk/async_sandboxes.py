@@ -20,6 +20,7 @@ from pandastack.sdk.results import ExecResult, Lifecycle, Promoted
 from pandastack.sdk.sandboxes import OnText
 from pandastack.sdk.states import AsyncStates
 from pandastack.sdk.streams import AsyncOutputStream
+from pandastack.wire.isolation import AUTO
 from pandastack.wire.processes import ExecRequest
 from pandastack.wire.sandboxes import SandboxMetrics, SandboxView
 from pandastack.wire.usage import SandboxUsage
@@ -72,6 +73,7 @@ class AsyncSandbox(AsyncStates):
         disk_mb: int | None = None,
         env: Mapping[str, str] | None = None,
         checkpoints: Mapping[str, int] | None = None,
+        isolation: str = AUTO,
         idempotency_key: str | None = None,
         cancel: CancelEvent | None = None,
         client: AsyncClient | None = None,
@@ -82,7 +84,8 @@ class AsyncSandbox(AsyncStates):
         """
         return Creating(lambda: (client or _default_async_client()).sandboxes.create(
             template, cpu, memory_mb, ttl_seconds, persistent, metadata, from_snapshot, volumes,
-            disk_mb=disk_mb, env=env, checkpoints=checkpoints, idempotency_key=idempotency_key, cancel=cancel,
+            disk_mb=disk_mb, env=env, checkpoints=checkpoints, isolation=isolation,
+            idempotency_key=idempotency_key, cancel=cancel,
         ))  # fmt: skip
 
     @classmethod
@@ -286,12 +289,16 @@ class AsyncSandboxes:
         disk_mb: int | None = None,
         env: Mapping[str, str] | None = None,
         checkpoints: Mapping[str, int] | None = None,
+        isolation: str = AUTO,
         idempotency_key: str | None = None,
         cancel: CancelEvent | None = None,
     ) -> AsyncSandbox:
         """Start a sandbox and wait until it runs. Sizes are MiB; limits left out come from the template.
 
-        `checkpoints` is what `sandbox.checkpoints` takes, such as `{"every_execs": 1}`.
+        `checkpoints` is what `sandbox.checkpoints` takes, such as `{"every_execs": 1}`. `isolation` is `"auto"` (the strongest that
+        works on the server), `"microvm"` (a kernel of its own), or a runtime: `"gvisor"`, `"qemu"`. What the sandbox got is in
+        `runtime`, `isolation`, `acceleration` and `own_kernel`. Raises InvalidRequest for another word, RuntimeUnavailable where
+        it does not work there, IsolationTooWeak where the server asks for more.
 
         While the server is full it is asked again for up to `max_create_retry_seconds`; setting `cancel` (an event) ends
         that with CreateCancelled. Every create carries a key, so a lost answer never makes a second sandbox.
@@ -299,7 +306,7 @@ class AsyncSandboxes:
         call = calls.create(
             template=template, ttl_seconds=ttl_seconds, persistent=persistent, metadata=metadata, env=env, cpu=cpu,
             memory_mb=memory_mb, disk_mb=disk_mb, from_snapshot=from_snapshot, volumes=volumes, checkpoints=checkpoints,
-            idempotency_key=idempotency_key,
+            isolation=isolation, idempotency_key=idempotency_key,
         )  # fmt: skip
         sandbox = AsyncSandbox(self._client, await self._client._call(call, cancel))
         # Older servers do not say it.

@@ -34,6 +34,8 @@ class Facts:
     boot_mode: str | None
     runtime: str | None
     isolation: str | None
+    acceleration: str | None
+    own_kernel: bool
     host_id: str | None
     fork_parent_id: str | None
     fork_tree_id: str | None

@@ -18,6 +18,7 @@ from pandastack.sdk.processes import Processes
 from pandastack.sdk.results import ExecResult, Lifecycle, Promoted
 from pandastack.sdk.states import States
 from pandastack.sdk.streams import OutputStream
+from pandastack.wire.isolation import AUTO
 from pandastack.wire.processes import ExecRequest
 from pandastack.wire.sandboxes import SandboxMetrics, SandboxView
 from pandastack.wire.usage import SandboxUsage
@@ -53,6 +54,7 @@ class Sandbox(States):
         disk_mb: int | None = None,
         env: Mapping[str, str] | None = None,
         checkpoints: Mapping[str, int] | None = None,
+        isolation: str = AUTO,
         idempotency_key: str | None = None,
         cancel: CancelEvent | None = None,
         client: Client | None = None,
@@ -60,7 +62,8 @@ class Sandbox(States):
         """As `client.sandboxes.create`, with the client of the configuration unless one is given."""
         return (client or _default_client()).sandboxes.create(
             template, cpu, memory_mb, ttl_seconds, persistent, metadata, from_snapshot, volumes,
-            disk_mb=disk_mb, env=env, checkpoints=checkpoints, idempotency_key=idempotency_key, cancel=cancel,
+            disk_mb=disk_mb, env=env, checkpoints=checkpoints, isolation=isolation,
+            idempotency_key=idempotency_key, cancel=cancel,
         )  # fmt: skip
 
     @classmethod
@@ -263,12 +266,16 @@ class Sandboxes:
         disk_mb: int | None = None,
         env: Mapping[str, str] | None = None,
         checkpoints: Mapping[str, int] | None = None,
+        isolation: str = AUTO,
         idempotency_key: str | None = None,
         cancel: CancelEvent | None = None,
     ) -> Sandbox:
         """Start a sandbox and wait until it runs. Sizes are MiB; limits left out come from the template.
 
-        `checkpoints` is what `sandbox.checkpoints` takes, such as `{"every_execs": 1}`.
+        `checkpoints` is what `sandbox.checkpoints` takes, such as `{"every_execs": 1}`. `isolation` is `"auto"` (the strongest that
+        works on the server), `"microvm"` (a kernel of its own), or a runtime: `"gvisor"`, `"qemu"`. What the sandbox got is in
+        `runtime`, `isolation`, `acceleration` and `own_kernel`. Raises InvalidRequest for another word, RuntimeUnavailable where
+        it does not work there, IsolationTooWeak where the server asks for more.
 
         While the server is full it is asked again for up to `max_create_retry_seconds`; setting `cancel` (an event) ends
         that with CreateCancelled. Every create carries a key, so a lost answer never makes a second sandbox.
@@ -276,7 +283,7 @@ class Sandboxes:
         call = calls.create(
             template=template, ttl_seconds=ttl_seconds, persistent=persistent, metadata=metadata, env=env, cpu=cpu,
             memory_mb=memory_mb, disk_mb=disk_mb, from_snapshot=from_snapshot, volumes=volumes, checkpoints=checkpoints,
-            idempotency_key=idempotency_key,
+            isolation=isolation, idempotency_key=idempotency_key,
         )  # fmt: skip
         sandbox = Sandbox(self._client, self._client._call(call, cancel))
         # Older servers do not say it.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pandastack.sdk import sse
 from pandastack.sdk.calls import templates as calls
 from pandastack.sdk.results import BakeProgress, Template
+from pandastack.wire.isolation import AUTO
 
 if TYPE_CHECKING:
     from pandastack.sdk.client import AsyncClient, Client
@@ -24,13 +25,13 @@ class Templates:
         """Raises TemplateNotFound."""
         return self._client._call(calls.get(name))
 
-    def bake(self, name: str) -> Generator[BakeProgress]:
+    def bake(self, name: str, isolation: str = AUTO) -> Generator[BakeProgress]:
         """Make a template ready on the server, telling how far it is; ends when it is ready, raises when it fails.
 
-        Nothing happens until it is iterated.
+        Each runtime has states of its own; `isolation`, as in a create, says for which one. Nothing happens until it is iterated.
         """
         parser = sse.Parser()
-        with self._client._open(calls.bake(name)) as opened:
+        with self._client._open(calls.bake(name, isolation)) as opened:
             for data in opened:
                 for event in parser.feed(data):
                     if event.name == "done":
@@ -51,13 +52,13 @@ class AsyncTemplates:
         """Raises TemplateNotFound."""
         return await self._client._call(calls.get(name))
 
-    async def bake(self, name: str) -> AsyncGenerator[BakeProgress]:
+    async def bake(self, name: str, isolation: str = AUTO) -> AsyncGenerator[BakeProgress]:
         """Make a template ready on the server, telling how far it is; ends when it is ready, raises when it fails.
 
-        Nothing happens until it is iterated.
+        Each runtime has states of its own; `isolation`, as in a create, says for which one. Nothing happens until it is iterated.
         """
         parser = sse.Parser()
-        async with self._client._open(calls.bake(name)) as opened:
+        async with self._client._open(calls.bake(name, isolation)) as opened:
             async for data in opened:
                 for event in parser.feed(data):
                     if event.name == "done":

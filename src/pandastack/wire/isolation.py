@@ -15,6 +15,9 @@ AUTO, MICROVM = "auto", "microvm"
 # The runtimes that PandaStack knows, whether or not a host has them.
 RUNTIMES = ("firecracker", "qemu", "gvisor")
 
+# The strongest first, for people.
+ORDER = "firecracker, qemu with kvm, gvisor, qemu with tcg (emulation)"
+
 Minimum = Literal["none", "qemu", "gvisor", "qemu-kvm", "firecracker"]
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from pandastack.wire.isolation import AUTO
+
 SandboxStatus = Literal["creating", "running", "paused", "hibernated", "failed", "deleting"]
 
 MAX_TTL_SECONDS = 30 * 24 * 3600
@@ -22,6 +24,7 @@ MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 MetadataValue = Annotated[str, StringConstraints(max_length=1024)]
 EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
 EnvValue = Annotated[str, StringConstraints(max_length=128 * 1024, pattern=r"^[^\x00]*$")]
+Isolation = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 Env = Annotated[dict[EnvName, EnvValue], Field(max_length=1024)]
 
 
@@ -61,7 +64,11 @@ class Checkpoints(Shape):
 
 
 class SandboxCreate(Shape):
-    """Body of `POST /v1/sandboxes`. Sizes are MiB; limits left out come from the template."""
+    """Body of `POST /v1/sandboxes`. Sizes are MiB; limits left out come from the template.
+
+    `isolation` is what it must run on at least: `auto` (the strongest runtime that works there), `microvm` (one with a kernel of
+    its own), or the name of a runtime, such as `qemu`. With `from_snapshot` it must be what the snapshot was made on.
+    """
 
     template: TemplateName = "code-interpreter"
     ttl_seconds: Annotated[int, Field(ge=0, le=MAX_TTL_SECONDS)] | None = None
@@ -74,6 +81,7 @@ class SandboxCreate(Shape):
     from_snapshot: Annotated[str, StringConstraints(max_length=64)] | None = None
     volumes: Annotated[list[VolumeMount], Field(max_length=16)] = []
     checkpoints: Checkpoints | None = None
+    isolation: Isolation = AUTO
 
 
 class SandboxView(View):
@@ -81,6 +89,9 @@ class SandboxView(View):
 
     `template` is the name that was asked for and `template_actual` the image it got; they differ only where
     `template_note` says why. `boot_ms` is the time from the request to a confirmed guest identity.
+
+    `runtime` to `own_kernel` are what it really runs on: `isolation` is `gvisor` or `microvm`, `acceleration` what runs the code of
+    a microVM (`kvm`, or `tcg`: emulation) and null where there is none.
     """
 
     id: str
@@ -100,6 +111,8 @@ class SandboxView(View):
     boot_mode: str | None = None
     runtime: str | None = None
     isolation: str | None = None
+    acceleration: str | None = None
+    own_kernel: bool = False
     host_id: str | None = None
     fork_parent_id: str | None = None
     fork_tree_id: str | None = None

@@ -12,6 +12,8 @@ TemplateState = Literal["missing", "building", "built", "baking", "ready", "fail
 class TemplateView(View):
     """A template. `state` says how far this machine is: only a `ready` one starts at full speed.
 
+    Each runtime has states of its own: `state` and `error` are those of the runtime that `auto` means, `runtimes` has every one that works.
+
     `actual` and `note` differ from `name` and null where the name is served by another image (`ubuntu-24.04`
     without a reachable Ubuntu mirror is `base`).
     """
@@ -32,6 +34,7 @@ class TemplateView(View):
     is_global: bool = True
     workspace: str | None = None
     state: TemplateState = "missing"
+    runtimes: dict[str, TemplateState] = {}
     error: str | None = None
     digest: str | None = None
     distribution: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Query, Response
 
 from pandastack.control import placement
 from pandastack.control.gateway import error_event, sse
@@ -14,6 +14,7 @@ from pandastack.control.parts import Parts
 from pandastack.control.routes import answers
 from pandastack.control.routes.requests import Reader, Writer, parts
 from pandastack.errors import PandastackError, TemplateNotFound
+from pandastack.wire.isolation import AUTO
 from pandastack.wire.templates import BakeProgress, TemplateView
 
 router = APIRouter(prefix="/v1/templates", tags=["templates"])
@@ -32,10 +33,15 @@ async def get(here: Here, caller: Reader, name: str) -> Response:
 
 
 @router.post("/{name}/bake", response_class=answers.EventStream, status_code=200, operation_id="bakeTemplate")
-async def bake(here: Here, caller: Writer, name: str) -> Response:
+async def bake(
+    here: Here,
+    caller: Writer,
+    name: str,
+    isolation: Annotated[str, Query(min_length=1, max_length=64, description="for which runtime, as in a create")] = AUTO,
+) -> Response:
     """Events `progress`, then one `done` or `error`. The bake goes on if the client leaves."""
     template = await _find(here, name)
-    return answers.EventStream(here, caller, _progress(here.bakes.follow(template.name)))
+    return answers.EventStream(here, caller, _progress(here.bakes.follow(template.name, isolation)))
 
 
 async def _find(here: Parts, name: str) -> TemplateView:

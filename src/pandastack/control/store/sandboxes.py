@@ -54,6 +54,8 @@ class SandboxRow:
     boot_mode: str | None = None
     runtime: str | None = None
     isolation: str | None = None
+    acceleration: str | None = None
+    own_kernel: bool = False
     from_snapshot: SnapshotId | None = None
     fork_parent_id: SandboxId | None = None
     fork_tree_id: str | None = None

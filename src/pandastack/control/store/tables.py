@@ -20,6 +20,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
 )
 
 metadata = MetaData(
@@ -75,6 +76,8 @@ sandboxes = Table(
     Column("boot_mode", String(32)),
     Column("runtime", String(32)),
     Column("isolation", String(128)),
+    Column("acceleration", String(16)),
+    Column("own_kernel", Boolean, nullable=False, server_default=false()),
     # Where it came from. No foreign keys: the snapshot and the parent may be gone while it lives on.
     Column("from_snapshot", String(36)),
     Column("fork_parent_id", String(36)),

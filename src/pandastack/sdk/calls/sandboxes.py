@@ -10,6 +10,7 @@ from pandastack import errors
 from pandastack.sdk.calls.call import Answer, Call, build, items_of, nothing, parse, reads, segment, validated
 from pandastack.sdk.results import Lifecycle
 from pandastack.wire import sandboxes as wire
+from pandastack.wire.isolation import AUTO
 from pandastack.wire.sandboxes import SandboxMetrics, SandboxView
 
 PAGE = 100
@@ -35,6 +36,7 @@ def create(
     from_snapshot: str | None,
     volumes: Sequence[Mapping[str, Any]] | None,
     checkpoints: Mapping[str, int] | None,
+    isolation: str,
     idempotency_key: str | None,
 ) -> Call[SandboxView]:
     """A create always carries a key, so that a lost answer can be asked for again without a second sandbox."""
@@ -51,6 +53,8 @@ def create(
         from_snapshot=from_snapshot,
         volumes=[dict(volume) for volume in volumes] if volumes else None,
         checkpoints=dict(checkpoints) if checkpoints else None,
+        # Left out where it changes nothing: older servers do not know it.
+        isolation=isolation if isolation != AUTO else None,
     )
     headers = idempotency_header(idempotency_key)
     return Call(build("POST", "/sandboxes", body=body, headers=headers, is_create=True), reads(SandboxView))

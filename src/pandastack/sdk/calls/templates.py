@@ -6,6 +6,7 @@ from pandastack import errors
 from pandastack.sdk.calls.call import Call, Request, build, items_of, parse, reads, segment
 from pandastack.sdk.results import BakeProgress, Template
 from pandastack.sdk.sse import ServerEvent
+from pandastack.wire.isolation import AUTO
 
 
 def list_templates() -> Call[list[Template]]:
@@ -16,9 +17,10 @@ def get(name: str) -> Call[Template]:
     return Call(build("GET", f"/templates/{segment(name)}"), reads(Template))
 
 
-def bake(name: str) -> Request:
+def bake(name: str, isolation: str) -> Request:
     # A step may be silent for minutes; the server's comments show that it lives.
-    return build("POST", f"/templates/{segment(name)}/bake", headers={"accept": "text/event-stream"}, read_s=120.0)
+    query = {"isolation": None if isolation == AUTO else isolation}
+    return build("POST", f"/templates/{segment(name)}/bake", query, headers={"accept": "text/event-stream"}, read_s=120.0)
 
 
 def read_progress(event: ServerEvent) -> BakeProgress | None:
