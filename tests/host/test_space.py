@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,47 @@ def test_a_clone_has_the_same_bytes_is_private_and_keeps_its_holes(source: Path,
     with copy.open("r+b") as file:
         file.write(b"changed")
     assert not source.read_bytes().startswith(b"changed")
+
+
+@pytest.mark.parametrize("refusal", [errno.EXDEV, errno.EOPNOTSUPP, None])
+def test_where_the_kernel_does_not_copy_between_two_file_systems_a_clone_is_copied_by_hand(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: int | None
+) -> None:
+    def copy_file_range(*_: object) -> int:
+        if refusal is None:
+            return 0  # So some file systems say that they cannot.
+        raise OSError(refusal, "not between these")
+
+    monkeypatch.setattr(os, "copy_file_range", copy_file_range)
+    monkeypatch.setattr(fcntl, "ioctl", cannot)
+    # One that does not say where its holes are, such as 9p.
+    monkeypatch.setattr(os, "lseek", lambda _fd, position, whence: position if whence == os.SEEK_DATA else source.stat().st_size)
+    space.clone(source, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+    assert (tmp_path / "copy").stat().st_blocks * 512 < 1 << 20, "zeros stay holes"
+
+
+def test_a_clone_is_also_made_on_a_file_system_of_another_kind(source: Path) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == source.stat().st_dev:
+        pytest.skip("there is no second file system")
+    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+        space.clone(source, Path(folder) / "copy")
+        assert (Path(folder) / "copy").read_bytes() == source.read_bytes()
+
+
+def test_a_disk_that_fails_while_it_is_copied_by_hand_is_no_copy(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "copy_file_range", broken)
+    monkeypatch.setattr(fcntl, "ioctl", cannot)
+    with pytest.raises(OSError, match="no space"):
+        space.clone(source, tmp_path / "copy")
+
+
+def cannot(*_: object) -> None:
+    raise OSError(errno.EOPNOTSUPP, "not supported")
 
 
 @pytest.mark.parametrize("content", [b"", bytes(1 << 20)])

@@ -54,12 +54,29 @@ async def ensure(
     """
     if platform.machine() != "x86_64":
         raise HostUnfit("microVMs need a machine with x86-64", hint="use gVisor on this one")
-    folder = await _given(prefix, setting) if setting is not None else _current(prefix)
-    if folder is None:
-        if not fetch:
-            raise HostUnfit("no guest kernel was fetched yet", hint="run `pandastack setup`")
-        folder = await _fetch(prefix, debian_mirror, say)
+    folder = await unpacked(prefix, debian_mirror=debian_mirror, say=say, setting=setting, fetch=fetch)
     return await asyncio.to_thread(_with_initramfs, prefix, folder, guest / "pandastack-guest")
+
+
+async def unpacked(
+    prefix: Path,
+    *,
+    debian_mirror: str | None,
+    say: Callable[[str], None],
+    setting: Path | None = None,
+    fetch: bool = True,
+    package: str = _META_PACKAGE,
+    modules: Sequence[str] = MODULES,
+) -> Path:
+    """The folder with `vmlinux` and `modules` of the kernel that Debian's `package` depends on; fetched if `prefix` has none.
+
+    A prefix is for one package and one list of modules. Raises HostUnfit with a remedy, also where it would have to be fetched and
+    `fetch` says no.
+    """
+    folder = await _given(prefix, setting, modules) if setting is not None else _current(prefix)
+    if folder is None and not fetch:
+        raise HostUnfit("no guest kernel was fetched yet", hint="run `pandastack setup`")
+    return folder or await _fetch(prefix, debian_mirror, say, package, modules)
 
 
 def order(modules: Mapping[str, bytes], wanted: Sequence[str]) -> list[str]:
@@ -106,16 +123,16 @@ def _current(prefix: Path) -> Path | None:
     return folder if folder != prefix and (folder / "vmlinux").is_file() else None
 
 
-async def _fetch(prefix: Path, debian_mirror: str | None, say: Callable[[str], None]) -> Path:
+async def _fetch(prefix: Path, debian_mirror: str | None, say: Callable[[str], None], meta_package: str, modules: Sequence[str]) -> Path:
     say(f"fetching a guest kernel from Debian {SUITE}")
     async with debian.opened(prefix, SUITE, debian_mirror=debian_mirror, what=_WHAT, remedy=_REMEDY) as packages:
-        depends = await packages.field(_META_PACKAGE, "Depends")
-        match = re.search(r"linux-image-\S+-cloud-amd64", depends or "")
+        depends = await packages.field(meta_package, "Depends")
+        match = re.search(r"linux-image-\d\S*", depends or "")
         if match is None:
-            raise HostUnfit(f"Debian {SUITE} has no {_META_PACKAGE}", hint=_REMEDY)
+            raise HostUnfit(f"Debian {SUITE} has no {meta_package}", hint=_REMEDY)
         package = await packages.download(match[0])
         digest, _ = await asyncio.to_thread(_look, prefix, package)
-        folder = await _unpack(prefix, package, digest, packages.work)
+        folder = await _unpack(prefix, package, digest, packages.work, modules)
         pointer = packages.work / "current"
         pointer.write_text(folder.name + "\n")
         pointer.replace(prefix / "current")
@@ -123,13 +140,13 @@ async def _fetch(prefix: Path, debian_mirror: str | None, say: Callable[[str], N
     return folder
 
 
-async def _given(prefix: Path, package: Path) -> Path:
+async def _given(prefix: Path, package: Path, modules: Sequence[str]) -> Path:
     """The kernel of a package file that the operator named."""
     digest, known = await asyncio.to_thread(_look, prefix, package)
     if known is not None:
         return known
     with debian.work_folder(prefix) as work:
-        return await _unpack(prefix, package, digest, work)
+        return await _unpack(prefix, package, digest, work, modules)
 
 
 def _look(prefix: Path, package: Path) -> tuple[str, Path | None]:
@@ -141,12 +158,12 @@ def _look(prefix: Path, package: Path) -> tuple[str, Path | None]:
     return digest, next((folder for folder in prefix.glob(f"*_{digest[:12]}") if (folder / "vmlinux").is_file()), None)
 
 
-async def _unpack(prefix: Path, package: Path, digest: str, work: Path) -> Path:
+async def _unpack(prefix: Path, package: Path, digest: str, work: Path, modules: Sequence[str]) -> Path:
     tree = await debian.unpack(package, work / "tree", what=_WHAT, remedy=_REMEDY)
-    return await asyncio.to_thread(_publish, prefix, tree, digest, work / "kernel")
+    return await asyncio.to_thread(_publish, prefix, tree, digest, work / "kernel", modules)
 
 
-def _publish(prefix: Path, tree: Path, digest: str, work: Path) -> Path:
+def _publish(prefix: Path, tree: Path, digest: str, work: Path, modules: Sequence[str]) -> Path:
     image = next(tree.glob("boot/vmlinuz-*"), None)
     if image is None:
         raise HostUnfit("the package has no kernel", hint=_REMEDY)
@@ -156,7 +173,7 @@ def _publish(prefix: Path, tree: Path, digest: str, work: Path) -> Path:
     # Debian's next release moves /lib below /usr.
     files = {path.name.split(".ko")[0]: path for path in tree.glob(f"**/lib/modules/{release}/kernel/**/*.ko*")}
     contents = _Modules(files)
-    for name in order(contents, MODULES):
+    for name in order(contents, modules):
         (work / "modules" / f"{name}.ko").write_bytes(contents[name])
     target = prefix / f"{release}_{digest[:12]}"
     if not (target / "vmlinux").is_file():  # Else somebody was faster.

@@ -22,6 +22,7 @@ _EXTENT = struct.Struct("<QQQQQIIII")
 _EXTENTS_AT_ONCE = 512
 _MOST_EXTENTS = 16_384
 _LAST, _SHARED = 0x1, 0x2000
+_PIECE_BYTES = 128 << 10
 # How file systems say that they cannot; anything else is a failure.
 _CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS)
 
@@ -147,5 +148,25 @@ def _copy_sparse(read_fd: int, write_fd: int) -> None:
                 break
             raise
         position = os.lseek(read_fd, start, os.SEEK_HOLE)
-        while start < position:
-            start += os.copy_file_range(read_fd, write_fd, position - start, start, start)
+        _copy(read_fd, write_fd, start, position)
+
+
+def _copy(read_fd: int, write_fd: int, start: int, end: int) -> None:
+    """A part that holds data, by the kernel alone where it copies between these two file systems."""
+    try:
+        while start < end and (count := os.copy_file_range(read_fd, write_fd, end - start, start, start)):
+            start += count
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+    # Elsewhere by hand. Zeros stay holes, because a file system such as 9p does not tell where it has some.
+    while start < end and (piece := os.pread(read_fd, min(end - start, _PIECE_BYTES), start)):
+        if piece.count(0) < len(piece):
+            _write(write_fd, piece, start)
+        start += len(piece)
+
+
+def _write(fd: int, piece: bytes, position: int) -> None:
+    written = 0
+    while written < len(piece):
+        written += os.pwrite(fd, memoryview(piece)[written:], position + written)

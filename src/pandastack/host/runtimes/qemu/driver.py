@@ -74,7 +74,9 @@ class QemuRuntime:
         clone: Callable[[Path, Path], None],
         cache: Path | None = None,
         accelerator: Literal["auto", "kvm", "tcg"] = "auto",
+        patience: float = 1.0,
     ) -> None:
+        self.patience = patience
         self.acceleration: str | None = None
         self.version = ""
         self.key = ""
@@ -266,7 +268,7 @@ class QemuRuntime:
             process = Process.spawn(self.confined(argv, machine, cgroup), fds)
             inherited.close()
             try:
-                timeout_s = _TRIAL_TIMEOUT_S[acceleration]
+                timeout_s = _TRIAL_TIMEOUT_S[acceleration] * self.patience
                 came, console = launch.watch(process, ours, lambda said: _ARRIVED in said, timeout_s=timeout_s)
                 if came:
                     return None

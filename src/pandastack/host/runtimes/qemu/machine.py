@@ -173,7 +173,8 @@ class QemuMachine:
                     return any(one["label"] == command.CHANNEL and one["frontend-open"] for one in qmp.call("query-chardev"))
                 return False
 
-            return launch.watch(process, ours, ready, timeout_s=BOOT_TIMEOUT_S[self._runtime.accelerated])
+            timeout_s = BOOT_TIMEOUT_S[self._runtime.accelerated] * self._runtime.patience
+            return launch.watch(process, ours, ready, timeout_s=timeout_s)
 
     def _end_process(self) -> None:
         if self._process is not None:
