@@ -55,7 +55,7 @@ class QemuRuntime:
 
     `vmlinux`, `initramfs` and `digest` are those of a guest kernel as `host.kernels` makes it. `group` is the parent of the machines'
     cgroups and of no others. `clone` makes a new file with the content of another one, sharing its blocks where it can. `cache` is a
-    folder for what probing found out; others may use it too.
+    folder for what probing found out; others may use it too. A boot may take `patience` times as long as on a CPU of today.
     """
 
     name = "qemu"
