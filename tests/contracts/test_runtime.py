@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -900,6 +901,28 @@ class TestMicrovm:
                 assert Path(f"/proc/{(await other.usage()).pid}").stat().st_uid != int(uid)
             for socket in bench.run.glob("*.[cq]"):
                 assert (socket.stat().st_uid, socket.stat().st_mode & 0o777) == (0, 0o600)
+
+    async def test_its_process_sees_no_file_of_the_host(self, bench: Bench) -> None:
+        """But the programs that everybody has, which it cannot change; also one that boots, which finds its kernel there."""
+        restored, booted = await bench.prepared(), await bench.prepared()
+        assert bench.microvms is not None
+        await restored.restore(bench.microvms.template)
+        await booted.start()
+        programs = {name for name in ("usr", "bin", "sbin", "lib", "lib64") if Path("/", name).exists()}
+        kvm = {"kvm"} if bench.runtime.acceleration == "kvm" else set()
+        for machine, more in ((restored, set()), (booted, {"vmlinux", "initramfs"})):
+            pid = (await machine.usage()).pid
+            top = Path(f"/proc/{pid}/root")
+            assert {path.name for path in top.iterdir()} == programs | more | {"dev"}
+            assert {path.name for path in (top / "dev").iterdir()} == kvm
+            mounts = [line.split() for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
+            assert {words[4] for words in mounts} >= {"/", "/usr"}
+            assert all("ro" in words[5].split(",") for words in mounts), mounts
+            assert re.search(r"^Max core file size +0 +0 ", Path(f"/proc/{pid}/limits").read_text(), re.MULTILINE)
+            opened = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+            files = [Path(target) for target in opened if target.startswith("/") and not target.startswith(("/memfd:", "/dev/"))]
+            known = {bench.microvms.kernel.vmlinux, bench.microvms.kernel.initramfs}
+            assert all(file in known or file.is_relative_to(bench.root) for file in files), opened
 
     async def test_its_process_cannot_write_the_memory_that_others_map(self, bench: Bench) -> None:
         assert bench.microvms is not None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from pandastack.host.runtimes.base import Limits
 from pandastack.host.runtimes.qemu import command
-from pandastack.host.runtimes.qemu.command import Boot, Size
+from pandastack.host.runtimes.qemu.command import Boot, Jail, Size
 
 ONE = Size(cpus=1, memory_mib=256)
 BOOT = Boot(vmlinux_fd=7, initramfs_fd=8, serial_fd=9, arguments="quiet x=1")
@@ -46,16 +47,16 @@ def test_what_boots_and_what_waits_for_a_state_have_the_same_devices(acceleratio
 
 def test_files_are_descriptors() -> None:
     words = _qemu(disk_fd=6, boot=BOOT)
-    assert _after(words, "-kernel") == ["/proc/self/fd/7"]
-    assert _after(words, "-initrd") == ["/proc/self/fd/8"]
+    assert _after(words, "-kernel") == ["/vmlinux"]
+    assert _after(words, "-initrd") == ["/initramfs"]
     assert _after(words, "-add-fd") == ["fd=6,set=1"]
     assert _after(words, "-append") == ["quiet x=1"]
-    assert "filename=/dev/fdset/1" in _after(words, "-blockdev")[0]
+    assert json.loads(_after(words, "-blockdev")[0])["filename"] == "/dev/fdset/1"
     assert {"socket,id=c0,fd=4,server=on,wait=off", "socket,id=q0,fd=5,server=on,wait=off", "socket,id=s0,fd=9"} == set(
         _after(words, "-chardev")
     )
-    paths = [word for word in words[1:] if word.startswith("/") and not word.startswith("/proc/self/fd/")]
-    assert paths == []
+    paths = [word for word in words[1:] if word.startswith("/")]
+    assert paths == ["/vmlinux", "/initramfs"], "which the jail has, from their descriptors"
 
 
 @pytest.mark.parametrize("acceleration", ACCELERATIONS)
@@ -84,16 +85,51 @@ def test_only_an_emulated_kernel_goes_without_its_mitigations() -> None:
 
 
 def test_a_process_is_confined_before_it_is_qemu() -> None:
-    words = command.confined(["qemu", "-x"], joins=[Path("/c/a"), Path("/c/b")], uid=7001)
-    joined, unshared, dropped = words.index("/c/b"), words.index("unshare"), words.index("setpriv")
-    assert joined < unshared < dropped < words.index("qemu")
+    jail = Jail(place=Path("/run/it's"), folders=[Path("/usr")], links=[Path("usr/lib")])
+    words = command.confined(["qemu", "-x"], joins=[Path("/c/a"), Path("/c/b")], uid=7001, jail=jail)
+    script = next(word for word in words if "chroot" in word)
+    order = [words.index(word) for word in ("/c/b", "unshare", script, "setpriv", "qemu")]
+    assert order == sorted(order)
     assert words[-2:] == ["qemu", "-x"]
     assert _after(words, "--reuid") == _after(words, "--regid") == ["7001"]
     assert {"--clear-groups", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"} <= set(words)
     assert {"--mount", "--ipc", "--uts", "--net"} <= set(words)
-    assert "mknod" not in " ".join(words)
-    device = command.confined(["qemu"], joins=[], uid=7001, kvm=Path("/run/x"))
-    assert device.index("unshare") < device.index("/run/x") < device.index("setpriv"), "made by root, seen by this process alone"
+
+
+def test_the_jail_has_what_is_named_and_no_more() -> None:
+    jail = Jail(place=Path("/run/it's"), folders=[Path("/usr"), Path("/opt/my qemu")], links=[Path("usr/lib"), Path("usr/lib64")])
+    plain = jail.script(kvm=False, boot=None).split(" && ")
+    assert plain[1:] == [
+        "mount -t tmpfs -o size=64k,mode=755,nosuid,noexec jail '/run/it'\"'\"'s'",
+        "cd '/run/it'\"'\"'s'",
+        "mkdir -p ./dev ./usr './opt/my qemu'",
+        "ln -s usr/lib usr/lib64 .",
+        "mount -o bind,ro /usr ./usr",
+        "mount -o bind,ro '/opt/my qemu' './opt/my qemu'",
+        "mount -o remount,ro .",
+        'exec chroot . "$@"',
+    ]
+    booting = jail.script(kvm=True, boot=BOOT).split(" && ")
+    assert set(booting) - set(plain) == {
+        "mknod -m 666 dev/kvm c 10 232",
+        ": >vmlinux",
+        "mount -o bind,ro /proc/self/fd/7 vmlinux",
+        ": >initramfs",
+        "mount -o bind,ro /proc/self/fd/8 initramfs",
+    }
+    assert booting[-2:] == plain[-2:]
+
+
+def test_a_binary_of_ones_own_is_seen_in_the_jail(tmp_path: Path) -> None:
+    shipped = Jail.of(Path("/run/q"), Path("/usr/bin/qemu-system-x86_64"))
+    assert Path("/usr") in shipped.folders
+    assert tmp_path not in shipped.folders
+    own = tmp_path / "qemu" / "bin" / "qemu-system-x86_64"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    linked = tmp_path / "qemu-link"
+    linked.symlink_to(own)
+    assert Jail.of(Path("/run/q"), linked).folders == [*shipped.folders, tmp_path / "qemu"]
 
 
 def test_the_template_changes_with_what_a_state_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,14 @@ machine here, and `template` names it: it is part of the key under which saved s
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pandastack.host.runtimes.base import Limits
 
@@ -32,11 +34,8 @@ _FORMAT = "1"  # of saved states: raise it when old ones shall not be used any m
 
 # Joins the cgroup before anything else runs, then becomes what it was told. `0` is the writer itself, in v1 and v2.
 _JOIN = 'while [ "$1" != -- ]; do echo 0 >"$1" || exit 1; shift; done; shift; ulimit -c 0; exec "$@"'
-# Who may open /dev/kvm differs from host to host, and no group shall be needed for it.
-_KVM = (
-    'mount -t tmpfs -o size=64k,mode=755 none "$1" && mknod -m 666 "$1/kvm" c 10 232 && mount --bind "$1/kvm" /dev/kvm && '
-    'shift && exec "$@"'
-)
+# What a boot reads, by its name in the jail.
+_KERNEL, _INITRAMFS = "vmlinux", "initramfs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,10 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Boot:
-    """What a cold start needs. Descriptors of the kernel, the initramfs and the serial console (a connected socket)."""
+    """What a cold start needs. Descriptors of the kernel, the initramfs and the serial console (a connected socket).
+
+    QEMU opens the first two by name, so `confined` puts them where it finds them.
+    """
 
     vmlinux_fd: int
     initramfs_fd: int
@@ -108,7 +110,7 @@ def qemu(
     return [
         *words,
         *("-chardev", f"socket,id=s0,fd={boot.serial_fd}", "-serial", "chardev:s0"),
-        *("-kernel", f"/proc/self/fd/{boot.vmlinux_fd}", "-initrd", f"/proc/self/fd/{boot.initramfs_fd}"),
+        *("-kernel", f"/{_KERNEL}", "-initrd", f"/{_INITRAMFS}"),
         *("-append", boot.arguments),
     ]
 
@@ -123,17 +125,19 @@ def _disk(fd: int | None) -> list[str]:
         ]
     return [
         *("-add-fd", f"fd={fd},set=1"),
-        *("-blockdev", ",".join(f"{name}={value}" for name, value in file_node("f0", 1).items())),
+        *("-blockdev", json.dumps(file_node("f0", 1))),
         *("-blockdev", f"driver=raw,node-name={DISK},discard=unmap,file=f0"),
     ]
 
 
-def file_node(name: str, fd_set: int) -> dict[str, str]:
-    """The lower half of the disk, as words or for `blockdev-add`.
+def file_node(name: str, fd_set: int) -> dict[str, Any]:
+    """The lower half of the disk, for `-blockdev` or `blockdev-add`.
 
-    A machine does not outlive its host, so there is nothing that a flush could save.
+    A machine does not outlive its host, so there is nothing that a flush could save, and a guest that syncs needs not wait for
+    the host's disk. What is to be kept is synced by whoever keeps it, see `QemuMachine.snapshot`.
     """
-    return {"driver": "file", "node-name": name, "filename": f"/dev/fdset/{fd_set}", "discard": "unmap", "locking": "off"}
+    file = f"/dev/fdset/{fd_set}"
+    return {"driver": "file", "node-name": name, "filename": file, "discard": "unmap", "locking": "off", "cache": {"no-flush": True}}
 
 
 def kernel_arguments(acceleration: Acceleration, tsc_khz: int, processes: int) -> str:
@@ -146,15 +150,59 @@ def kernel_arguments(acceleration: Acceleration, tsc_khz: int, processes: int) -
     return f"console=ttyS0 reboot=t panic=-1 quiet {emulated}pandastack.processes={processes}"
 
 
-def confined(argv: Sequence[str], *, joins: Collection[Path], uid: int, kvm: Path | None = None) -> list[str]:
-    """Start `argv` inside the cgroups of the files `joins`, in namespaces of its own and as a user who may do nothing.
+@dataclass(frozen=True, kw_only=True)
+class Jail:
+    """The root that QEMU has: made in its own mount namespace, over the folder `place`, and gone with it.
 
-    `kvm` is a folder in whose place, seen from there, a device node is made that this user may open.
+    `folders` are seen as they are on the host, read-only; `links` are below one of them, and linked to from the top.
+    """
+
+    place: Path
+    folders: Sequence[Path]
+    links: Sequence[Path] = ()
+
+    @classmethod
+    def of(cls, place: Path, binary: Path) -> Jail:
+        """What `binary` needs to be loaded, and the firmware beside it."""
+        top = [Path("/", name) for name in ("usr", "bin", "sbin", "lib", "lib64") if Path("/", name).exists()]
+        folders = [path for path in top if not path.is_symlink()]
+        own = binary.resolve().parent
+        if not any(own.is_relative_to(folder) for folder in folders):
+            folders.append(own.parent if own.parent != Path("/") else own)
+        return cls(place=place, folders=folders, links=[Path("usr", path.name) for path in top if path.is_symlink()])
+
+    def script(self, *, kvm: bool, boot: Boot | None) -> str:
+        """For a root shell that is in namespaces of its own. It becomes its arguments, with nothing above the jail in reach."""
+        folders = [(shlex.quote(str(folder)), shlex.quote(f".{folder}")) for folder in self.folders]
+        steps = [
+            "umask 022",
+            f"mount -t tmpfs -o size=64k,mode=755,nosuid,noexec jail {shlex.quote(str(self.place))}",
+            f"cd {shlex.quote(str(self.place))}",
+            " ".join(("mkdir -p ./dev", *(inside for _, inside in folders))),
+        ]
+        if self.links:
+            steps.append(" ".join(("ln -s", *map(str, self.links), ".")))
+        steps += [f"mount -o bind,ro {folder} {inside}" for folder, inside in folders]
+        if kvm:
+            # Who may open the host's differs from host to host, and no group shall be needed for it.
+            steps.append("mknod -m 666 dev/kvm c 10 232")
+        if boot is not None:
+            for name, fd in ((_KERNEL, boot.vmlinux_fd), (_INITRAMFS, boot.initramfs_fd)):
+                steps.append(f": >{name} && mount -o bind,ro /proc/self/fd/{fd} {name}")
+        return " && ".join((*steps, "mount -o remount,ro .", 'exec chroot . "$@"'))
+
+
+def confined(
+    argv: Sequence[str], *, joins: Collection[Path], uid: int, jail: Jail, kvm: bool = False, boot: Boot | None = None
+) -> list[str]:
+    """Start `argv` inside the cgroups of the files `joins`, in namespaces and a root of its own, as a user who may do nothing.
+
+    With `kvm` it has a device node that this user may open; with `boot` it finds the kernel that its command line names.
     """
     return [
         *("sh", "-c", _JOIN, "sh", *map(str, joins), "--"),
         *("unshare", "--mount", "--ipc", "--uts", "--net", "--"),
-        *(("sh", "-c", _KVM, "sh", str(kvm)) if kvm is not None else ()),
+        *("sh", "-c", jail.script(kvm=kvm, boot=boot), "sh"),
         *("setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"),
         *("--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", "--"),
         *argv,

@@ -84,7 +84,9 @@ class QemuRuntime:
         self.clone = clone
         self._cache = cache or root / "cache"
         self.arenas = capture.Arenas()
-        self._binary = binary
+        # By its own name: links to it may lead through folders that the jail has not.
+        self._binary = binary.resolve()
+        self._jail = command.Jail.of(root, binary)
         self._vmlinux, self._initramfs, self._digest = vmlinux, initramfs, digest
         self._group = group
         self._accelerator = accelerator
@@ -127,9 +129,9 @@ class QemuRuntime:
         with self._uids_lock:
             self._uids.pop(machine, None)
 
-    def confined(self, argv: list[str], machine: str, cgroup: cgroups.MachineCgroup) -> list[str]:
-        kvm = self.root if self.accelerated == "kvm" else None
-        return command.confined(argv, joins=cgroup.joins(), uid=self.uid(machine), kvm=kvm)
+    def confined(self, argv: list[str], machine: str, cgroup: cgroups.MachineCgroup, boot: command.Boot | None) -> list[str]:
+        kvm = self.accelerated == "kvm"
+        return command.confined(argv, joins=cgroup.joins(), uid=self.uid(machine), jail=self._jail, kvm=kvm, boot=boot)
 
     def argv(
         self, size: command.Size, channel_fd: int, control_fd: int, *, disk_fd: int | None = None, boot: command.Boot | None = None
@@ -265,7 +267,7 @@ class QemuRuntime:
             boot = inherited.enter_context(self.booting(theirs.fileno(), 64))
             argv = self.argv(_TRIAL_SIZE, channel.fileno(), control.fileno(), boot=boot)
             fds = [channel.fileno(), control.fileno(), boot.vmlinux_fd, boot.initramfs_fd, boot.serial_fd]
-            process = Process.spawn(self.confined(argv, machine, cgroup), fds)
+            process = Process.spawn(self.confined(argv, machine, cgroup, boot), fds)
             inherited.close()
             try:
                 timeout_s = _TRIAL_TIMEOUT_S[acceleration] * self.patience

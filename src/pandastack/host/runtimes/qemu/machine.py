@@ -83,7 +83,7 @@ class QemuMachine:
             argv = self._runtime.argv(self.size, channel.fileno(), control.fileno(), disk_fd=disk_fd, boot=boot)
             fds = [channel.fileno(), control.fileno(), disk_fd]
             fds += [boot.vmlinux_fd, boot.initramfs_fd, boot.serial_fd] if boot else []
-            confined = self._runtime.confined(argv, self.spec.id, self._cgroup)
+            confined = self._runtime.confined(argv, self.spec.id, self._cgroup, boot)
             self._process = Process.spawn(confined, [fd for fd in fds if fd is not None])
         try:
             # Only QEMU has the sockets now, so its end is noticed.
