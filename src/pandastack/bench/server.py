@@ -23,6 +23,8 @@ from pandastack.wire.host import HostInfo
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 60.0
 _SLOTS_TIMEOUT_S = 60.0
+# The one that the bare tool is of; `auto` would be another where there is KVM.
+_SETTINGS = {"PANDASTACK_RUNTIMES": "gvisor", "PANDASTACK_MIN_ISOLATION": "gvisor"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def running(*, slots: int, template: str, blanks: int = 0) -> Iterator[Server]:
         command = [sys.executable, "-m", "pandastack.standalone", "up", "--port", "0", "--data-dir", str(work / "data")]
         process = subprocess.Popen(
             [*command, "--slots", str(slots), "--ready-file", str(ready)],
-            env={**os.environ, "XDG_CONFIG_HOME": str(work / "config"), "PANDASTACK_BLANKS": str(blanks)},
+            env={**os.environ, **_SETTINGS, "XDG_CONFIG_HOME": str(work / "config"), "PANDASTACK_BLANKS": str(blanks)},
             stdout=subprocess.DEVNULL,
         )
         try:
