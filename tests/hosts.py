@@ -10,9 +10,11 @@ import asyncio
 import ctypes
 import gc
 import os
+import secrets
+import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -379,3 +381,20 @@ def slots(host: HostService) -> Slots[SlotKey, Ready]:
 
 def disk_full() -> DiskFull:
     return DiskFull("the host's disk is full")
+
+
+@contextmanager
+def sharing_blocks(file: Path) -> Iterator[Path]:
+    """A file system on which copies share blocks, in `file`. It is mounted at a path that is short enough for sockets."""
+    folder = Path("/tmp") / f"px-{secrets.token_hex(3)}"
+    with file.open("wb") as empty:
+        empty.truncate(64 << 30)
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(file)], check=True)
+    folder.mkdir()
+    subprocess.run(["mount", "-o", "loop", str(file), str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+        folder.rmdir()
+        file.unlink()

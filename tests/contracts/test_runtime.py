@@ -34,7 +34,7 @@ from typing import Any, Literal, TypeVar
 
 import pytest
 
-from hosts import until
+from hosts import sharing_blocks, until
 from pandastack.errors import GuestError, HookFailed, HostUnfit, PandastackError, RuntimeFailed
 from pandastack.host import app, identity, kernels
 from pandastack.host.guest import Guest, ProcessSpec
@@ -114,17 +114,8 @@ def kernel(guest_directory: Path) -> kernels.Kernel:
 @pytest.fixture(scope="session")
 def xfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A file system on which copies share blocks."""
-    file = tmp_path_factory.mktemp("xfs") / "file"
-    folder = Path("/tmp") / f"px-{secrets.token_hex(3)}"
-    with file.open("wb") as empty:
-        empty.truncate(64 << 30)
-    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(file)], check=True)
-    folder.mkdir()
-    subprocess.run(["mount", "-o", "loop", str(file), str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-    folder.rmdir()
-    file.unlink()
+    with sharing_blocks(tmp_path_factory.mktemp("xfs") / "file") as folder:
+        yield folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,18 @@ def test_a_missing_controller_is_named(v1: Tree, lost: str) -> None:
     assert unfit.value.hint
 
 
+def test_a_group_knows_its_machines(v1: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cgroups.detect(v1.mountinfo())
+    monkeypatch.setattr(cgroups, "detect", lambda: found)
+    group = cgroups.Group("pandastack-a")
+    assert group.machines() == set()
+    for controller, machine in (("memory", "one"), ("pids", "one"), ("cpu", "two")):
+        (found.mounts[controller] / "pandastack-a" / machine).mkdir(parents=True)
+    (found.mounts["memory"] / "pandastack-b" / "three").mkdir(parents=True)
+    assert group.machines() == {"one", "two"}
+    assert group.of("one").path == "/pandastack-a/one"
+
+
 def test_limits_in_v2(v2: Tree) -> None:
     v2.fill().create(memory_mib=100, cpu=1.5, tasks=77)
     assert v2.read("", "memory.max") == str(100 << 20)

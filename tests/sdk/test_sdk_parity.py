@@ -110,3 +110,11 @@ def test_imports_pull_in_only_what_they_need(statement: str, forbidden: tuple[st
     code = f"{statement}\nimport sys\nprint([name for name in {forbidden!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_error_that_a_room_refines_for_itself_is_not_what_users_get() -> None:
+    from pandastack import errors
+    from pandastack.host.runtimes.qemu.client import TimedOut
+
+    assert errors._classes(errors.PandastackError)[TimedOut.code] is errors.RuntimeFailed
+    assert type(errors.from_body(500, {"code": TimedOut.code, "error": "it did not"})) is errors.RuntimeFailed

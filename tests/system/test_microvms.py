@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from hosts import sharing_blocks
 from pandastack import errors
 from pandastack.sdk.client import Client
 from pandastack.sdk.sandboxes import Sandbox
@@ -34,17 +34,8 @@ def xfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A file system on which copies share blocks; without one a saved state is a copy of all memory."""
     if os.geteuid() != 0 or shutil.which("qemu-system-x86_64") is None or shutil.which("mkfs.xfs") is None:
         pytest.skip("microVMs need root, qemu-system-x86 and xfsprogs")
-    file = tmp_path_factory.mktemp("xfs") / "file"
-    folder = Path("/tmp") / f"px-{secrets.token_hex(3)}"
-    with file.open("wb") as empty:
-        empty.truncate(64 << 30)
-    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", str(file)], check=True)
-    folder.mkdir()
-    subprocess.run(["mount", "-o", "loop", str(file), str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-    folder.rmdir()
-    file.unlink()
+    with sharing_blocks(tmp_path_factory.mktemp("xfs") / "file") as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -60,6 +60,31 @@ def detect(mountinfo: Path = Path("/proc/self/mountinfo")) -> Hierarchy:
     )
 
 
+class Group:
+    """The parent of the cgroups of one runtime's machines. Where they are is looked up when it is first needed; see `detect`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._hierarchy: Hierarchy | None = None
+
+    @property
+    def hierarchy(self) -> Hierarchy:
+        if self._hierarchy is None:
+            self._hierarchy = detect()
+        return self._hierarchy
+
+    def of(self, machine: str) -> MachineCgroup:
+        return MachineCgroup(self.hierarchy, self.name, machine)
+
+    def machines(self) -> set[str]:
+        """Those that have a cgroup, also of an earlier life of this daemon."""
+        found: set[str] = set()
+        for mount in self.hierarchy.mounts.values():
+            with contextlib.suppress(OSError):
+                found.update(entry.name for entry in (mount / self.name).iterdir() if entry.is_dir())
+        return found
+
+
 class MachineCgroup:
     """The cgroup of one machine. All calls are short file operations; `remove` may wait for processes to be gone."""
 

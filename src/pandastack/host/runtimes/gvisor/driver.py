@@ -18,9 +18,8 @@ import re
 import select
 import shutil
 import socket
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from pandastack.errors import HostUnfit, RuntimeFailed
 from pandastack.host.runtimes import cgroups
@@ -36,6 +35,7 @@ from pandastack.host.runtimes.gvisor import command
 from pandastack.host.runtimes.gvisor.cli import CliControl
 from pandastack.host.runtimes.gvisor.client import CALL_TIMEOUT_S, Control, Dialect, SocketControl
 from pandastack.host.runtimes.gvisor.machine import GvisorMachine
+from pandastack.host.runtimes.waiting import to_the_end
 
 OLDEST_RELEASE = 20240729
 _CREATE_TIMEOUT_S = 30.0
@@ -55,10 +55,9 @@ class GvisorRuntime:
         self.runsc = runsc
         self.keeper = keeper
         self.root = root
-        self._group = group
+        self._group = cgroups.Group(group)
         self._guest = guest
         self._dialect = dialect
-        self._hierarchy: cgroups.Hierarchy | None = None
         self._known_flags: frozenset[str] = frozenset()
 
     @property
@@ -77,9 +76,7 @@ class GvisorRuntime:
         return [str(self.runsc), *command.flags(self.root, self.dialect, self._known_flags, spec.disk)]
 
     def cgroup(self, machine: str) -> cgroups.MachineCgroup:
-        if self._hierarchy is None:
-            self._hierarchy = cgroups.detect()
-        return cgroups.MachineCgroup(self._hierarchy, self._group, machine)
+        return self._group.of(machine)
 
     async def probe(self) -> Probe:
         """Run a real sandbox that prints the guest daemon's version, and learn which control dialect this runsc speaks."""
@@ -179,7 +176,7 @@ class GvisorRuntime:
             undo.push_async_callback(machine.stop)
             # The guest must see its own limit as the machine's memory, and runsc reads it while it creates; what
             # runsc itself needs is added afterwards.
-            await _to_the_end(self._before_create, spec, cgroup, arguments)
+            await to_the_end(self._before_create, spec, cgroup, arguments)
             log = spec.state / "runsc.log"
             # Closed here and not by whoever collects them: an error may keep this frame, and all that it holds, for a while.
             with contextlib.ExitStack() as ends:
@@ -188,7 +185,7 @@ class GvisorRuntime:
                 machine.stdio = (stdin_ours, stdout_ours)
                 for end in (stdin_guest, stdout_guest):
                     ends.enter_context(end)
-                await _to_the_end(self.keeper.put, spec.id, [stdin_ours.fileno(), stdout_ours.fileno()])
+                await to_the_end(self.keeper.put, spec.id, [stdin_ours.fileno(), stdout_ours.fileno()])
                 log_file = ends.enter_context(log.open("ab"))
                 process = await asyncio.create_subprocess_exec(
                     *command.create(self.prefix(spec), spec),
@@ -209,7 +206,7 @@ class GvisorRuntime:
                     raise
             if code != 0:
                 raise RuntimeFailed("runsc could not create the sandbox", detail=_last_line(log))
-            await _to_the_end(machine.created)
+            await to_the_end(machine.created)
             undo.pop_all()
             return machine
 
@@ -229,12 +226,7 @@ class GvisorRuntime:
         return await asyncio.to_thread(self._sweep, frozenset(keep))
 
     def _sweep(self, keep: frozenset[MachineId]) -> list[MachineId]:
-        if self._hierarchy is None:
-            self._hierarchy = cgroups.detect()
-        found: set[str] = set()
-        for mount in self._hierarchy.mounts.values():
-            with contextlib.suppress(OSError):
-                found.update(entry.name for entry in (mount / self._group).iterdir() if entry.is_dir())
+        found = self._group.machines()
         for file in self.root.glob("*_sandbox:*.state"):
             found.add(file.name.split("_sandbox:", 1)[0])
         gone = sorted(found - keep)
@@ -247,16 +239,6 @@ class GvisorRuntime:
         for pattern in (f"{machine}_sandbox:*", f"{machine}.*", f"runsc-{machine}.sock"):
             for file in self.root.glob(pattern):
                 file.unlink(missing_ok=True)
-
-
-async def _to_the_end(work: Callable[..., None], *arguments: Any) -> None:
-    """Run blocking work in a thread. When this is cancelled the thread is waited for: it must not make things after their undo."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
 
 
 def _socketpair() -> tuple[socket.socket, socket.socket]:

@@ -28,7 +28,8 @@ from pandastack.host.runtimes.base import Capabilities, MachineId, MachineSpec, 
 from pandastack.host.runtimes.qemu import capture, command, launch
 from pandastack.host.runtimes.qemu.command import Acceleration
 from pandastack.host.runtimes.qemu.launch import Process
-from pandastack.host.runtimes.qemu.machine import QemuMachine, to_the_end
+from pandastack.host.runtimes.qemu.machine import QemuMachine
+from pandastack.host.runtimes.waiting import to_the_end
 
 KVM = Path("/dev/kvm")
 _UIDS, _FIRST_UID = 0x0FFF_FFFF, 0x7000_0000
@@ -88,9 +89,8 @@ class QemuRuntime:
         self._binary = binary.resolve()
         self._jail = command.Jail.of(root, binary)
         self._vmlinux, self._initramfs, self._digest = vmlinux, initramfs, digest
-        self._group = group
+        self._group = cgroups.Group(group)
         self._accelerator = accelerator
-        self._hierarchy: cgroups.Hierarchy | None = None
         self._tsc_khz = 0
         self._uids: dict[str, int] = {}
         self._uids_lock = threading.Lock()
@@ -104,9 +104,7 @@ class QemuRuntime:
         raise RuntimeFailed("QEMU was used before it was probed")
 
     def cgroup(self, machine: str) -> cgroups.MachineCgroup:
-        if self._hierarchy is None:
-            self._hierarchy = cgroups.detect()
-        return cgroups.MachineCgroup(self._hierarchy, self._group, machine)
+        return self._group.of(machine)
 
     def uid(self, machine: str) -> int:
         """A user of this machine alone, without a name; the same one each time, unless two of this runtime's would be equal."""
@@ -301,12 +299,7 @@ class QemuRuntime:
         return await asyncio.to_thread(self._sweep, frozenset(keep))
 
     def _sweep(self, keep: frozenset[MachineId]) -> list[MachineId]:
-        if self._hierarchy is None:
-            self._hierarchy = cgroups.detect()
-        found: set[str] = set()
-        for mount in self._hierarchy.mounts.values():
-            with contextlib.suppress(OSError):
-                found.update(entry.name for entry in (mount / self._group).iterdir() if entry.is_dir())
+        found = self._group.machines()
         found.update(file.stem for suffix in ("c", "q") for file in self.root.glob(f"*.{suffix}"))
         gone = sorted(found - keep)
         for machine in gone:

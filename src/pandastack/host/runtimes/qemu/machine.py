@@ -16,7 +16,6 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from pandastack.host.runtimes import cgroups, memory
 from pandastack.host.runtimes.base import Channel, EndReason, MachineSpec, Memory, Usage
 from pandastack.host.runtimes.qemu import capture, client, command, launch, mapping
 from pandastack.host.runtimes.qemu.launch import Process
+from pandastack.host.runtimes.waiting import to_the_end
 
 if TYPE_CHECKING:
     from pandastack.host.runtimes.qemu.driver import QemuRuntime
@@ -457,16 +457,6 @@ class _Descriptor:
 
     def close(self) -> None:
         os.close(self.fd)
-
-
-async def to_the_end(work: Callable[..., None], *arguments: Any) -> None:
-    """Run blocking work in a thread. When this is cancelled the thread is waited for: it must not make things after their undo."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
 
 
 @contextlib.contextmanager
