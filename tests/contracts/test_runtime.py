@@ -42,6 +42,7 @@ from pandastack.host.keeper import Keeper
 from pandastack.host.runtimes.base import Limits, Machine, MachineId, MachineSpec, Runtime
 from pandastack.host.runtimes.fake import FakeRuntime
 from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
+from pandastack.host.runtimes.qemu.command import Jail
 from pandastack.host.runtimes.qemu.driver import QemuRuntime
 from pandastack.host.runtimes.qemu.machine import BOOT_TIMEOUT_S, QemuMachine
 from pandastack.host.storage import space
@@ -1019,12 +1020,13 @@ class TestMicrovm:
         monkeypatch.setitem(BOOT_TIMEOUT_S, bench.runtime.accelerated, timeout_s / PATIENCE)
         machine = await bench.prepared()
         # Of the QEMUs that are told to boot, the first one does not let its CPU run.
-        hangs = bench.root / "qemu"
-        mark = bench.root / "mark"
+        hangs = _made(bench.root / "own") / "bin" / "qemu"
+        hangs.parent.mkdir()
+        mark = bench.root / "own" / "mark"
         hangs.write_text(f'#!/bin/sh\n[ -e {mark} ] && exec {bench.runtime._binary} "$@"\nexec {bench.runtime._binary} "$@" -S\n')
         hangs.chmod(0o755)
         bench.root.chmod(0o755)
-        bench.runtime._binary = hangs
+        bench.runtime._binary, bench.runtime._jail = hangs, Jail.of(bench.run, hangs)
         starting = asyncio.create_task(machine.start())
         await asyncio.sleep(timeout_s * 2 / 3)
         assert not starting.done()

@@ -78,10 +78,20 @@ class Process:
         lines = os.pread(self._log_fd, _LOG_BYTES, 0).rstrip(b"\0").decode("utf-8", "replace").strip().splitlines()
         return lines[-1][:500] if lines else ""
 
+    def halt(self) -> None:
+        """It runs no instruction until `go_on`. QEMU looks at its timers a thousand times a second, also while its guest stands still."""
+        self._send(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._send(signal.SIGCONT)
+
+    def _send(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
     def kill(self) -> None:
         """It is gone when this returns. Raises RuntimeFailed when the kernel keeps it."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        self._send(signal.SIGKILL)
         if not has_ended(self.pidfd, _REAP_S):
             raise RuntimeFailed("QEMU does not die")
         self.reap()

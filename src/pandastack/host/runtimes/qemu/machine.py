@@ -16,6 +16,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,10 +121,11 @@ class QemuMachine:
             return False
         if process is None:
             return False
+        process.go_on()  # It may have been frozen when the daemon died.
         try:
             with client.opened(self._control, timeout_s=_CONNECT_TIMEOUT_S) as qmp:
                 if qmp.call("query-status").get("status") == "paused":
-                    # It was frozen, or being saved, when the daemon died.
+                    # That, or it was being saved.
                     qmp.call("cont")
             self._address = int(record["address"])
             if record["restored"]:
@@ -199,7 +201,7 @@ class QemuMachine:
 
     def _restore(self, snapshot: Path) -> None:
         with self._lock, contextlib.ExitStack() as ours:
-            process = self._alive()
+            process, qmp = ours.enter_context(self._speaking())
             facts = self._facts(snapshot)
             devices_fd, memory_fd = (os.open(snapshot / name, os.O_RDONLY | os.O_CLOEXEC) for name in (DEVICES, MEMORY))
             ours.callback(os.close, devices_fd)
@@ -209,23 +211,22 @@ class QemuMachine:
             disk_fd = self._disk_from(snapshot / DISK)
             ours.callback(os.close, disk_fd)
             try:
-                with client.opened(self._control) as qmp:
-                    qmp.call("add-fd", {"fdset-id": 1}, fd=disk_fd)
-                    qmp.call("blockdev-add", command.file_node("f1", 1))
-                    node = {"driver": "raw", "node-name": command.DISK, "file": "f1", "discard": "unmap"}
-                    qmp.call("blockdev-reopen", {"options": [node]})
-                    number = int(qmp.call("add-fd", {"fdset-id": 2}, fd=memory_fd)["fd"])
-                    mapping.map_file(process.pid, number, self._address, self.size.memory_bytes)
-                    qmp.call("remove-fd", {"fdset-id": 2})
-                    qmp.call("getfd", {"fdname": "state"}, fd=devices_fd)
-                    qmp.call("migrate-incoming", {"uri": "fd:state"})
-                    ends = time.monotonic() + _LOAD_TIMEOUT_S
-                    while (status := qmp.event("MIGRATION", until=ends)["data"]["status"]) != "completed":
-                        if status == "failed":
-                            raise RuntimeFailed("QEMU could not load the saved state")
-                    size = os.fstat(disk_fd).st_size
-                    if size != facts["disk_bytes"]:
-                        qmp.call("block_resize", {"node-name": command.DISK, "size": size})
+                qmp.call("add-fd", {"fdset-id": 1}, fd=disk_fd)
+                qmp.call("blockdev-add", command.file_node("f1", 1))
+                node = {"driver": "raw", "node-name": command.DISK, "file": "f1", "discard": "unmap"}
+                qmp.call("blockdev-reopen", {"options": [node]})
+                number = int(qmp.call("add-fd", {"fdset-id": 2}, fd=memory_fd)["fd"])
+                mapping.map_file(process.pid, number, self._address, self.size.memory_bytes)
+                qmp.call("remove-fd", {"fdset-id": 2})
+                qmp.call("getfd", {"fdname": "state"}, fd=devices_fd)
+                qmp.call("migrate-incoming", {"uri": "fd:state"})
+                ends = time.monotonic() + _LOAD_TIMEOUT_S
+                while (status := qmp.event("MIGRATION", until=ends)["data"]["status"]) != "completed":
+                    if status == "failed":
+                        raise RuntimeFailed("QEMU could not load the saved state")
+                size = os.fstat(disk_fd).st_size
+                if size != facts["disk_bytes"]:
+                    qmp.call("block_resize", {"node-name": command.DISK, "size": size})
             except (RuntimeFailed, KeyError, TypeError) as error:
                 detail = process.last_words() or (error.fields.get("detail") or error.message if isinstance(error, RuntimeFailed) else "")
                 raise RuntimeFailed("the saved state cannot be restored", detail=detail) from error
@@ -255,8 +256,7 @@ class QemuMachine:
         return {"key": self._runtime.key, "cpus": self.size.cpus, "memory_mib": self.size.memory_mib}
 
     def _snapshot(self, into: Path, resume: bool) -> None:
-        with self._lock, self._runtime.arenas.one() as arena, client.opened(self._control) as qmp:
-            process = self._alive()
+        with self._lock, self._runtime.arenas.one() as arena, self._speaking() as (process, qmp):
             # Written back now, so that little is left for when the guest stands still.
             with contextlib.closing(_Descriptor(self.spec.disk / DISK, os.O_RDWR)) as disk:
                 os.fdatasync(disk.fd)
@@ -327,12 +327,23 @@ class QemuMachine:
         with self._lock:
             if self._frozen == frozen:
                 return
-            self._alive()
-            # One that waits for a state uses no CPU. A `cont` would open its disks for writing before they are its own.
-            if self._running:
-                with client.opened(self._control) as qmp:
+            with self._speaking() as (_, qmp):
+                # One that waits for a state does nothing. A `cont` would open its disks for writing before they are its own.
+                if self._running:
                     qmp.call("stop" if frozen else "cont")
-            self._frozen = frozen
+                self._frozen = frozen
+
+    @contextlib.contextmanager
+    def _speaking(self) -> Iterator[tuple[Process, client.Connection]]:
+        """The process and its control channel. One that is frozen runs meanwhile; its guest does not."""
+        process = self._alive()
+        process.go_on()
+        try:
+            with client.opened(self._control) as qmp:
+                yield process, qmp
+        finally:
+            if self._frozen:
+                process.halt()
 
     def _connect(self) -> Channel:
         self._alive()
