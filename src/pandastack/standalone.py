@@ -22,7 +22,7 @@ from typing import Any
 import structlog
 import uvicorn
 
-from pandastack.control import access
+from pandastack.control import access, logs
 from pandastack.control import app as control_app
 from pandastack.control import server as control_server
 from pandastack.control.settings import ControlSettings
@@ -69,6 +69,7 @@ def _settings(arguments: argparse.Namespace) -> HostSettings:
 
 
 def _run(settings: HostSettings, arguments: argparse.Namespace) -> int:
+    logs.configure()
     if os.geteuid() != 0:
         raise HostUnfit("pandastack up must run as root: it makes namespaces, cgroups and mounts", hint="run it with sudo")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

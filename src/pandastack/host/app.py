@@ -80,6 +80,10 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
         await asyncio.to_thread(forks.open)
         sandboxes = Sandboxes(registry, states)
         await recover(registry, parts.snapshots)
+        if await asyncio.to_thread(space.shares_blocks, pool.root) is False:
+            log.warning(
+                "files are copied in full: this file system cannot share blocks; see `pandastack storage init`", path=str(pool.root)
+            )
     except BaseException:
         _leave(run_dir, views, keeper, pool)
         raise
@@ -113,8 +117,6 @@ class _Parts:
         self._views = views
         self._guest, self._guest_digest = guest, guest_digest
         root, below = pool.root, pool.below
-        if space.shares_blocks(root) is False:
-            log.warning("files are copied in full: this file system cannot share blocks; see `pandastack storage init`", path=str(root))
         self._disks = Disks(root / "disks", low_water_mib=settings.disk_low_water_mb, below=below)
         self._images = Images(
             settings.cache_dir / "images",

@@ -141,6 +141,9 @@ class Backends:
             if self.best() is None:
                 await self._try(offer)
         if self.best() is not None:
+            # Else the error says it.
+            for name, (_, probe) in self._failed.items():
+                _tell(name, probe)
             return
         if self._here:
             raise HostUnfit(
@@ -168,8 +171,9 @@ class Backends:
                 return
             runtime, probe = await self._find(offer)
             if runtime is None or not probe.works:
-                log.warning("runtime does not work here", runtime=offer.name, reason=probe.reason, hint=probe.hint)
                 self._failed[offer.name] = (runtime, probe)
+                if late:
+                    _tell(offer.name, probe)
             else:
                 backend = self._join(offer, runtime, probe)
                 if late:
@@ -345,6 +349,10 @@ class Backends:
 
 def _names(found: Collection[str]) -> str:
     return ", ".join(found)
+
+
+def _tell(name: str, probe: Probe) -> None:
+    log.warning("runtime does not work here", runtime=name, reason=probe.reason, hint=probe.hint)
 
 
 def _why(probe: Probe) -> str:
