@@ -34,7 +34,7 @@ from typing import Any, Literal, TypeVar
 
 import pytest
 
-from hosts import sharing_blocks, until
+from hosts import until
 from pandastack.errors import GuestError, HookFailed, HostUnfit, PandastackError, RuntimeFailed
 from pandastack.host import app, identity, kernels
 from pandastack.host.guest import Guest, ProcessSpec
@@ -110,13 +110,6 @@ def kernel(guest_directory: Path) -> kernels.Kernel:
         return _await(kernels.ensure(CACHE / "kernels", guest_directory, debian_mirror=None, say=print))
     except HostUnfit as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def xfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A file system on which copies share blocks."""
-    with sharing_blocks(tmp_path_factory.mktemp("xfs") / "file") as folder:
-        yield folder
 
 
 @dataclass(frozen=True, kw_only=True)

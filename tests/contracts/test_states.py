@@ -38,7 +38,6 @@ from pandastack.wire.ids import ProcessId, SandboxId, SnapshotId, new_process_id
 from pandastack.wire.processes import ExecRequest, ProcessStart, SignalRequest
 
 from .test_runtime import CACHE, NAMES, _qemu_binary, _runsc
-from .test_runtime import xfs as xfs
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
