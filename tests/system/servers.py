@@ -156,7 +156,8 @@ class Server:
             group = f"pandastack-{self.install}"
             marks.append(str(RUN_DIR / self.install))
             for mount in _cgroup_mounts():
-                found += [f"cgroup {path}" for path in mount.glob(f"**/{group}*")]
+                # Not by glob, which fails where one is removed while it looks.
+                found += [f"cgroup {top}/{name}" for top, names, _ in os.walk(mount) for name in names if name.startswith(group)]
             if (RUN_DIR / self.install).exists():
                 found += [f"file {path}" for path in [RUN_DIR / self.install, *(RUN_DIR / self.install).rglob("*")]]
         found += [f"process {pid}: {line}" for pid, line in _commands() if any(mark in line for mark in marks)]
