@@ -165,7 +165,7 @@ def test_a_sandbox_that_runs_out_of_memory_is_brought_back_from_just_before(any_
     notes.begin(sandbox)
     notes.add(sandbox, "before")
     # As a leak does it; what takes everything at once is faster than any look.
-    grow = "import time\nkept = []\nwhile True:\n    kept.append(b'x' * (4 << 20))\n    time.sleep(0.1)\n"
+    grow = "import time\nkept = []\nwhile True:\n    kept.append(b'x' * (2 << 20))\n    time.sleep(0.1)\n"
     leak = sandbox.processes.start(["python3", "-c", grow])
     until(lambda: sandbox.refresh().status == "failed", "it ran out of memory")
     assert sandbox.status_reason == "oom"
