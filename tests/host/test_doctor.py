@@ -107,6 +107,17 @@ def test_a_runtime_that_cannot_be_had_is_told(found: Found | Exception, reason: 
     assert (told.works, told.reason, told.hint, told.acceleration) == (False, reason, hint, "kvm")
 
 
+def test_a_runtime_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch):
+    async def find() -> Found:
+        await asyncio.sleep(60)
+        raise AssertionError("nobody waits so long")
+
+    monkeypatch.setattr(doctor, "TRY_TIMEOUT_S", 0.05)
+    slow = Offer(name="qemu", isolation="microvm", own_kernel=True, find=find)
+    told = asyncio.run(doctor.try_offer(slow, ROOT, Path("guest")))
+    assert (told.works, told.reason, bool(told.hint)) == (False, "no result after 0.05 s", True)
+
+
 def test_what_cannot_be_tried_is_not():
     trap = offer(RuntimeError("must not be tried"))
     for root, guest, said in ((checks.root(1000), Path("guest"), "not root"), (ROOT, None, "guest daemon")):

@@ -322,7 +322,8 @@ class Backends:
             )
         reasons = "; ".join(f"{name}: {_why(self._failed[name][1])}" for name in names if name in self._failed)
         what = "no runtime with a kernel of its own works" if wanted == MICROVM else f"the runtime {wanted} does not work"
-        untried = "none is tried here; see PANDASTACK_RUNTIMES" if wanted == MICROVM else "it is not tried here; see PANDASTACK_RUNTIMES"
+        subject = "none" if wanted == MICROVM else "it"
+        untried = f"{subject} is tried here: PANDASTACK_RUNTIMES leaves it out, or this version has it not"
         return RuntimeUnavailable(f"{what} on this machine ({reasons or untried})", hint=_DOCTOR, runtime=wanted)
 
     # Ending

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pandastack.errors import HostUnfit, PandastackError
 from pandastack.host import checks, fetch_runsc, kvm, runtimes_here
-from pandastack.host.backends import Offer
+from pandastack.host.backends import TRY_TIMEOUT_S, Offer
 from pandastack.host.checks import Check
 from pandastack.host.keeper import Keeper
 from pandastack.host.runtimes.base import Probe
@@ -312,9 +312,12 @@ async def try_offer(offer: Offer, root: Check, guest: Path | None) -> RuntimeInf
         probe = Probe(works=False, reason="it cannot be tried without the guest daemon", hint="pip install 'pandastack[server]'")
     else:
         try:
-            runtime, probe = await offer.find()
+            async with asyncio.timeout(TRY_TIMEOUT_S):
+                runtime, probe = await offer.find()
         except PandastackError as error:
             probe = Probe(works=False, reason=error.message, hint=error.hint)
+        except TimeoutError:
+            probe = Probe(works=False, reason=f"no result after {TRY_TIMEOUT_S:g} s", hint="try again when the machine is less busy")
         except Exception as error:
             probe = Probe(works=False, reason=f"the probe itself failed: {type(error).__name__}: {error}", hint="please report it")
     return RuntimeInfo(
