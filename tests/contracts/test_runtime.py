@@ -364,6 +364,13 @@ def _made(folder: Path) -> Path:
     return folder
 
 
+async def _turned(guest: Guest, times: int) -> None:
+    """Wait until the program that counts has gone round so often again, or has ended."""
+    line = f"until read t </root/turn; do sleep 0.1; done 2>/dev/null; until read now </root/turn && [ $((now - t)) -ge {times} ]"
+    line += "; do pgrep -x python3 >/dev/null || exit 1; sleep 0.1; done"
+    assert (await say(guest, line))[1] == 0, "a page was not as it was left"
+
+
 async def say(guest: Guest, shell: str) -> tuple[str, int]:
     """stdout and exit code of a line of shell."""
     out = b""
@@ -492,6 +499,32 @@ async def test_a_sealed_machine_gets_an_identity_when_it_is_restored(bench: Benc
             await say(guest, "true")
         await identity.confirm(guest, identity.fresh("00000000-0000-4000-8000-000000000001", "mine", {"NAME": "value"}))
         assert await say(guest, "hostname; echo $NAME") == ("mine\nvalue\n", 0)
+
+
+async def test_who_wants_it_still_for_that_instant_is_asked_once(bench: Bench) -> None:
+    into, seen = _made(bench.root / "saved"), []
+
+    @asynccontextmanager
+    async def still(refuse: bool) -> AsyncIterator[None]:
+        seen.append("entered")
+        if refuse:
+            raise RuntimeFailed("not now")
+        yield
+        seen.append("left")
+
+    async with bench.started() as (machine, guest):
+        with pytest.raises(RuntimeFailed, match="not now"):
+            await machine.snapshot(into, resume=True, still=still(refuse=True))
+        assert not list(into.iterdir())
+        assert not (await guest.health()).frozen, "it runs as if nobody had asked"
+        seen.clear()
+        await machine.snapshot(into, resume=True, still=still(refuse=False))
+        assert seen == ["entered", "left"]
+        assert not (await guest.health()).frozen
+    copy = await bench.prepared()
+    await copy.restore(into)
+    async with bench.guest_of(copy) as guest:
+        assert not (await guest.health()).frozen
 
 
 async def test_a_frozen_machine_is_saved_on_the_way_and_its_copies_are_others(bench: Bench) -> None:
@@ -980,14 +1013,39 @@ class TestMicrovm:
             await say(guest, "head -c 50000000 /dev/urandom >/dev/shm/x")
             await machine.snapshot(into, resume=True)
         facts = json.loads((into / "machine.json").read_text())
-        assert 48 << 20 < facts["own_bytes"] < 128 << 20
+        own_bytes = facts["ahead_bytes"] + facts["rest_bytes"]
+        assert 48 << 20 < own_bytes < 128 << 20
         assert facts["pause_ms"] < 250 * PATIENCE, f"20 ms on a machine that does nothing else: {facts}"
         assert (into / "mem").stat().st_size == LIMITS.memory_mib << 20
         taken = space.of(into / "mem")
-        assert taken.own_bytes < 2 * facts["own_bytes"]
+        assert taken.own_bytes < 2 * own_bytes
         assert taken.shared_bytes > 16 << 20, "pages of the state before are shared with it"
         assert (into / "disk").stat().st_blocks > 0
         assert space.of(into / "disk").own_bytes < 16 << 20
+
+    async def test_what_is_written_while_memory_is_copied_is_of_one_instant(self, bench: Bench) -> None:
+        """A program counts in 24 MB, page after page, and looks whether each page is as it left it: first in the parent, then in a copy."""
+        program = (
+            "import sys; n, size = 6000, 4096; b = bytearray(n * size); t = 0\n"
+            "while True:\n"
+            "    for p in range(0, n * size, size):\n"
+            "        if b[p : p + 4] != t.to_bytes(4, 'little'): sys.exit(f'page {p // size} is not of turn {t}')\n"
+            "        b[p : p + 4] = (t + 1).to_bytes(4, 'little')\n"
+            "    t += 1; print(t, file=open('/root/turn', 'w'))\n"
+        )
+        into = _made(bench.root / "saved")
+        async with bench.started() as (machine, guest):
+            await guest.start(ProcessSpec(argv=["python3", "-c", program], id="counting"))
+            await _turned(guest, 2)
+            await machine.snapshot(into, resume=True)
+            await _turned(guest, 2)
+        facts = json.loads((into / "machine.json").read_text())
+        assert facts["ahead_bytes"] == 0 or facts["rest_bytes"] > 0
+        child = await bench.prepared()
+        await child.restore(into)
+        async with bench.guest_of(child) as guest:
+            await _turned(guest, 2)
+            assert [one.running for one in await guest.list_processes() if one.id == "counting"] == [True]
 
     async def test_a_machine_goes_on_when_it_could_not_be_saved(self, bench: Bench) -> None:
         into = _made(bench.root / "saved")

@@ -47,6 +47,11 @@ class Child:
         return bytes.fromhex(self.stdout.readline())
 
 
+def _map(one: Child, fd: int) -> None:
+    with mapping.in_its_name(one.process.pid) as call:
+        mapping.map_file(call, fd, one.address, SIZE)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     file = tmp_path / "saved"
@@ -70,7 +75,7 @@ def child(saved: Path, tmp_path: Path) -> Iterator[tuple[Child, int]]:
 def test_a_file_is_private_memory_of_another_process(child: tuple[Child, int], saved: Path) -> None:
     one, fd = child
     before = saved.read_bytes()
-    mapping.map_file(one.process.pid, fd, one.address, SIZE)
+    _map(one, fd)
     one.say("write")
     assert one.hear() == b"saved cowrot", "it goes on where it waited, reads the file, and writes over it"
     assert saved.read_bytes() == before
@@ -81,7 +86,7 @@ def test_a_file_is_private_memory_of_another_process(child: tuple[Child, int], s
 def test_one_that_is_busy_is_waited_for(child: tuple[Child, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, fd = child
     one.say("spin")
-    mapping.map_file(one.process.pid, fd, one.address, SIZE)
+    _map(one, fd)
     (tmp_path / "mark").touch()
     assert one.hear().startswith(b"saved")
 
@@ -89,7 +94,7 @@ def test_one_that_is_busy_is_waited_for(child: tuple[Child, int], tmp_path: Path
 def test_what_the_kernel_refuses_is_said_and_leaves_the_process_alone(child: tuple[Child, int]) -> None:
     one, _ = child
     with pytest.raises(RuntimeFailed) as refused:
-        mapping.map_file(one.process.pid, 999, one.address, SIZE)
+        _map(one, 999)
     assert "Bad file descriptor" in refused.value.fields["detail"]
     one.say("write")
     assert one.hear() == b"mine\0\0\0\0wrot"
@@ -100,5 +105,5 @@ def test_a_process_that_is_gone(child: tuple[Child, int]) -> None:
     one.process.send_signal(signal.SIGKILL)
     one.process.wait()
     with pytest.raises(RuntimeFailed) as refused:
-        mapping.map_file(one.process.pid, fd, one.address, SIZE)
+        _map(one, fd)
     assert "ptrace" in str(refused.value.hint)

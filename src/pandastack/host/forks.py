@@ -107,8 +107,7 @@ class Forks:
             await asyncio.to_thread(folder.mkdir, 0o700)
             async with contextlib.AsyncExitStack() as left:
                 left.callback(self._clear, parent.id, folder)
-                async with self._states.still(parent, "fork") as machine:
-                    await machine.snapshot(folder, resume=True)
+                await self._states.capture(parent, folder, "fork")
                 await stack.aclose()
                 yield folder
 

@@ -154,15 +154,29 @@ class States:
 
         The caller holds the lock. Raises GuestError (HookFailed) where it cannot be brought to stand still; then it goes on too.
         """
+        machine, guest = await self._ready_to_save(sandbox)
+        async with self._still(sandbox, machine, guest, reason):
+            yield machine
+
+    async def capture(self, sandbox: Sandbox, folder: Path, reason: str) -> None:
+        """Save it as it is at one instant, and have it go on as soon as the runtime can; otherwise as `still`."""
+        machine, guest = await self._ready_to_save(sandbox)
+        await machine.snapshot(folder, resume=True, still=self._still(sandbox, machine, guest, reason))
+
+    async def _ready_to_save(self, sandbox: Sandbox) -> tuple[Machine, Guest]:
         machine, guest = await self.registry.reach(sandbox)
         usage = await machine.usage()
         self.snapshots.require_space(usage.memory_bytes)
+        return machine, guest
+
+    @contextlib.asynccontextmanager
+    async def _still(self, sandbox: Sandbox, machine: Machine, guest: Guest, reason: str) -> AsyncIterator[None]:
         sandbox.held = True
         try:
             try:
                 # Inside: one that was refused has been undone, but of one without an answer nobody knows.
                 await guest.seal(freeze=True, reason=reason, hook_timeout_s=HOOK_TIMEOUT_S, timeout_s=STILL_TIMEOUT_S)
-                yield machine
+                yield
             finally:
                 # With another machine by now, this one is over.
                 if sandbox.machine is machine and sandbox.status in ("running", "paused"):
@@ -349,8 +363,7 @@ class States:
                     saved = await self.snapshots.check(sandbox.entry.snapshot)
                     return describe(await self.snapshots.copy(saved, snapshot_id, "snapshot"))
                 folder = await stack.enter_async_context(self.snapshots.writing(snapshot_id))
-                async with self.still(sandbox, "snapshot") as machine:
-                    await machine.snapshot(folder, resume=True)
+                await self.capture(sandbox, folder, "snapshot")
                 origin = self.origin(sandbox)
             # The sandbox goes on, and takes requests, while its state is made durable.
             return describe(await self.snapshots.publish(snapshot_id, "snapshot", origin))

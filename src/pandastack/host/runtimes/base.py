@@ -8,9 +8,10 @@ looks at the database, never opens a network port, and is handed every path it m
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NewType, Protocol
+from typing import Any, Literal, NewType, Protocol
 
 MachineId = NewType("MachineId", str)
 
@@ -132,8 +133,11 @@ class Machine(Protocol):
         """A channel to the guest daemon of a running machine, also after a restart of this process. One at a time."""
         ...
 
-    async def snapshot(self, into: Path, *, resume: bool) -> None:
-        """Save memory, processes and disk of one instant into the empty directory `into`; then go on, or stay stopped."""
+    async def snapshot(self, into: Path, *, resume: bool, still: AbstractAsyncContextManager[Any] | None = None) -> None:
+        """Save memory, processes and disk of one instant into the empty directory `into`; then go on, or stay stopped.
+
+        That instant is in `still`, which is entered and left once: what can be done ahead of it and afterwards is done outside.
+        """
         ...
 
     async def freeze(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
 from typing import Any
 
 
@@ -15,3 +17,23 @@ async def to_the_end(work: Callable[..., None], *arguments: Any) -> None:
     except asyncio.CancelledError:
         await asyncio.wait([task])
         raise
+
+
+class InThread:
+    """An asynchronous context manager for the thread of `to_the_end`: it is entered and left in the loop that this was made in."""
+
+    def __init__(self, manager: AbstractAsyncContextManager[Any]) -> None:
+        self._manager = manager
+        self._loop = asyncio.get_running_loop()
+
+    def __enter__(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._enter(), self._loop).result()
+
+    async def _enter(self) -> None:
+        await self._manager.__aenter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        asyncio.run_coroutine_threadsafe(self._leave(kind, error, trace), self._loop).result()
+
+    async def _leave(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._manager.__aexit__(kind, error, trace)

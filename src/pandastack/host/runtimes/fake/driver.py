@@ -21,7 +21,9 @@ import socket
 import threading
 import time
 from collections.abc import Collection
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Any
 
 from pandastack.errors import GuestError, GuestGone, PandastackError, RuntimeFailed
 from pandastack.host.runtimes.base import Capabilities, Channel, EndReason, MachineId, MachineSpec, Memory, Probe, Usage
@@ -102,13 +104,14 @@ class FakeMachine:
         fd = os.dup(self._ours.fileno())
         return Channel(read_fd=fd, write_fd=fd, fresh=fresh)
 
-    async def snapshot(self, into: Path, *, resume: bool) -> None:
-        await self._step("snapshot")
-        with self._runtime.lock:
-            if self.guest is None:
-                raise RuntimeFailed("the machine does not run")
-            (into / _SAVED).write_text(self.guest.save())
-            (into / _MADE_ON).write_text(self._made_on())
+    async def snapshot(self, into: Path, *, resume: bool, still: AbstractAsyncContextManager[Any] | None = None) -> None:
+        async with still or contextlib.nullcontext():
+            await self._step("snapshot")
+            with self._runtime.lock:
+                if self.guest is None:
+                    raise RuntimeFailed("the machine does not run")
+                (into / _SAVED).write_text(self.guest.save())
+                (into / _MADE_ON).write_text(self._made_on())
         if not resume:
             self.end("exited")
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import select
 import signal
 import socket
 import time
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pandastack.errors import RuntimeFailed
 from pandastack.host.runtimes import cgroups, memory
 from pandastack.host.runtimes.base import Channel, EndReason, MachineSpec, Memory, Usage
+from pandastack.host.runtimes.waiting import to_the_end
 
 if TYPE_CHECKING:
     from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
@@ -149,14 +152,10 @@ class GvisorMachine:
         fresh, self._connected = not self._connected, True
         return Channel(read_fd=os.dup(stdout.fileno()), write_fd=os.dup(stdin.fileno()), fresh=fresh)
 
-    async def snapshot(self, into: Path, *, resume: bool) -> None:
+    async def snapshot(self, into: Path, *, resume: bool, still: AbstractAsyncContextManager[Any] | None = None) -> None:
         # To its end, also when this is cancelled: whoever cleans up must not meet a sandbox that is still being read.
-        task = asyncio.ensure_future(asyncio.to_thread(self._control.checkpoint, into, resume=resume))
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            await asyncio.wait([task])
-            raise
+        async with still or contextlib.nullcontext():
+            await to_the_end(functools.partial(self._control.checkpoint, resume=resume), into)
 
     async def freeze(self) -> None:
         await asyncio.to_thread(self._freeze, True)

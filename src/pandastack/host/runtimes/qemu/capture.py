@@ -24,7 +24,10 @@ from pandastack.errors import RuntimeFailed
 PAGE_BYTES = 4096
 _ENTRY_BYTES = 8
 # The highest byte of an entry: 0x80 present, 0x40 swapped, 0x20 a page of a file or of shared memory.
-_OWN = re.compile(b"[" + b"".join(re.escape(bytes([b])) for b in range(256) if b & 0xC0 and not b & 0x20) + b"]+")
+_OWN = bytes(bool(b & 0xC0 and not b & 0x20) for b in range(256))
+# The one below: 0x80 written since somebody cleared it.
+_WRITTEN = bytes(bool(b & 0x80) for b in range(256))
+_RUNS = re.compile(b"\1+")
 _ZEROS = bytes(PAGE_BYTES)
 _PIECES = 1024  # IOV_MAX
 _KEEP_BYTES = 256 << 20
@@ -49,8 +52,16 @@ class Run:
     length: int
 
 
-def own_runs(pid: int, address: int, size_bytes: int) -> list[Run]:
-    """Where the process has pages of its own in `size_bytes` from `address` on. Raises RuntimeFailed when it is gone."""
+def length(runs: Sequence[Run]) -> int:
+    """In bytes."""
+    return sum(run.length for run in runs)
+
+
+def own_runs(pid: int, address: int, size_bytes: int, *, soft_dirty: bool = False) -> list[Run]:
+    """Where the process has pages of its own in `size_bytes` from `address` on. Raises RuntimeFailed when it is gone.
+
+    With `soft_dirty` only those that were written since its soft-dirty bits were cleared.
+    """
     try:
         with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:  # noqa: PTH123 - unbuffered
             entries = os.pread(pagemap.fileno(), size_bytes // PAGE_BYTES * _ENTRY_BYTES, address // PAGE_BYTES * _ENTRY_BYTES)
@@ -58,7 +69,11 @@ def own_runs(pid: int, address: int, size_bytes: int) -> list[Run]:
         raise RuntimeFailed("the memory of the machine cannot be looked at", detail=str(error)) from error
     if len(entries) != size_bytes // PAGE_BYTES * _ENTRY_BYTES:
         raise RuntimeFailed("the memory of the machine is not where it was")
-    runs = _OWN.finditer(entries[_ENTRY_BYTES - 1 :: _ENTRY_BYTES])
+    chosen = entries[_ENTRY_BYTES - 1 :: _ENTRY_BYTES].translate(_OWN)
+    if soft_dirty:
+        written = entries[_ENTRY_BYTES - 2 :: _ENTRY_BYTES].translate(_WRITTEN)
+        chosen = (int.from_bytes(chosen) & int.from_bytes(written)).to_bytes(len(chosen))
+    runs = _RUNS.finditer(chosen)
     return [Run(offset=run.start() * PAGE_BYTES, length=(run.end() - run.start()) * PAGE_BYTES) for run in runs]
 
 
@@ -80,17 +95,20 @@ class Arena:
             self._memory.close()
             self._memory = _populated(PAGE_BYTES)
 
-    def copy(self, pid: int, address: int, runs: Sequence[Run]) -> None:
-        """The pages of `runs`, one behind the other. Lets other threads run meanwhile. Raises RuntimeFailed when the process is gone."""
-        self.reserve(sum(run.length for run in runs))
+    def copy(self, pid: int, address: int, runs: Sequence[Run], *, at: int = 0) -> int:
+        """The pages of `runs`, one behind the other from byte `at` on; returns where they end.
+
+        Lets other threads run meanwhile. Raises RuntimeFailed when the process is gone.
+        """
+        self._grow(at + length(runs), keep=at)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        position = 0
+        position = at
         for start in range(0, len(runs), _PIECES):
             some = runs[start : start + _PIECES]
-            length = sum(run.length for run in some)
             remote = (_Piece * len(some))(*[_Piece(address + run.offset, run.length) for run in some])
-            self._read(pid, _Piece(base + position, length), remote)
-            position += length
+            self._read(pid, _Piece(base + position, length(some)), remote)
+            position += length(some)
+        return position
 
     def _read(self, pid: int, local: _Piece, remote: ctypes.Array[_Piece]) -> None:
         # One call moves at most 2 GiB less a page.
@@ -109,10 +127,17 @@ class Arena:
                 skip -= remote[index].length
                 index += 1
 
-    def pieces(self, runs: Sequence[Run]) -> Iterator[tuple[int, memoryview | None, int]]:
+    def _grow(self, size_bytes: int, *, keep: int) -> None:
+        """As `reserve`, but the first `keep` bytes stay what they are."""
+        if len(self._memory) < size_bytes:
+            before, self._memory = self._memory, _populated(size_bytes)
+            self._memory[:keep] = before[:keep]
+            before.close()
+
+    def pieces(self, runs: Sequence[Run], *, at: int = 0) -> Iterator[tuple[int, memoryview | None, int]]:
         """What was copied, as offset in the guest's memory, content, length; the content of pages of zeros is None."""
         view = memoryview(self._memory)
-        position = 0
+        position = at
         for run in runs:
             begin, empty = 0, self._memory[position : position + PAGE_BYTES] == _ZEROS
             for offset in range(PAGE_BYTES, run.length + PAGE_BYTES, PAGE_BYTES):
@@ -145,19 +170,19 @@ class Arenas:
                     self._free.append(arena)
 
 
-def write(arena: Arena, runs: Sequence[Run], target: Path) -> int:
+def write(arena: Arena, runs: Sequence[Run], target: Path, *, at: int = 0) -> int:
     """Lay what was copied over `target`, a file as long as the guest's memory. Returns how many bytes were written."""
     written = 0
     fd = os.open(target, os.O_RDWR | os.O_CLOEXEC)
     try:
-        for offset, content, length in arena.pieces(runs):
+        for offset, content, size in arena.pieces(runs, at=at):
             if content is None:
-                _clear(fd, offset, length)
+                _clear(fd, offset, size)
                 continue
             done = 0
-            while done < length:
+            while done < size:
                 done += os.pwrite(fd, content[done:], offset + done)
-            written += length
+            written += size
     finally:
         os.close(fd)
     return written

@@ -17,15 +17,16 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pandastack.errors import DiskFull, RuntimeFailed
 from pandastack.host.runtimes import cgroups, memory
 from pandastack.host.runtimes.base import Channel, EndReason, MachineSpec, Memory, Usage
-from pandastack.host.runtimes.qemu import capture, client, command, launch, mapping
+from pandastack.host.runtimes.qemu import client, command, dirty, launch, mapping, taking
 from pandastack.host.runtimes.qemu.launch import Process
-from pandastack.host.runtimes.waiting import to_the_end
+from pandastack.host.runtimes.waiting import InThread, to_the_end
 
 if TYPE_CHECKING:
     from pandastack.host.runtimes.qemu.driver import QemuRuntime
@@ -40,8 +41,6 @@ BOOT_TIMEOUT_S = {"kvm": 15.0, "tcg": 60.0}
 _LOAD_TIMEOUT_S = 30.0
 _SAVE_TIMEOUT_S = 60.0
 _CONNECT_TIMEOUT_S = 5.0
-# Room in the arena for what a guest writes between the look at its memory and its stop.
-_SPARE_BYTES = 8 << 20
 
 
 class QemuMachine:
@@ -216,7 +215,9 @@ class QemuMachine:
                 node = {"driver": "raw", "node-name": command.DISK, "file": "f1", "discard": "unmap"}
                 qmp.call("blockdev-reopen", {"options": [node]})
                 number = int(qmp.call("add-fd", {"fdset-id": 2}, fd=memory_fd)["fd"])
-                mapping.map_file(process.pid, number, self._address, self.size.memory_bytes)
+                with mapping.in_its_name(process.pid) as call:
+                    mapping.map_file(call, number, self._address, self.size.memory_bytes)
+                    dirty.allow(call, process.pidfd, self._address, self.size.memory_bytes)
                 qmp.call("remove-fd", {"fdset-id": 2})
                 qmp.call("getfd", {"fdname": "state"}, fd=devices_fd)
                 qmp.call("migrate-incoming", {"uri": "fd:state"})
@@ -255,54 +256,54 @@ class QemuMachine:
     def _own_facts(self) -> dict[str, Any]:
         return {"key": self._runtime.key, "cpus": self.size.cpus, "memory_mib": self.size.memory_mib}
 
-    def _snapshot(self, into: Path, resume: bool) -> None:
+    def _snapshot(self, into: Path, resume: bool, still: InThread) -> None:
         with self._lock, self._runtime.arenas.one() as arena, self._speaking() as (process, qmp):
             # Written back now, so that little is left for when the guest stands still.
             with contextlib.closing(_Descriptor(self.spec.disk / DISK, os.O_RDWR)) as disk:
                 os.fdatasync(disk.fd)
                 disk_bytes = os.fstat(disk.fd).st_size
-            runs = capture.own_runs(process.pid, self._address, self.size.memory_bytes)
-            arena.reserve(sum(run.length for run in runs) + _SPARE_BYTES)
-            began = time.monotonic()
-            times: dict[str, float] = {}
-
-            def lap(name: str) -> None:
-                times[name] = round((time.monotonic() - began) * 1000 - sum(times.values()), 2)
-
-            try:
-                qmp.call("stop")
-                lap("stop")
-                self._save_devices(qmp, into / DEVICES)
-                lap("devices")
-                runs = capture.own_runs(process.pid, self._address, self.size.memory_bytes)
-                lap("look")
-                arena.copy(process.pid, self._address, runs)
-                lap("copy")
-                with _filled():
-                    self._runtime.clone(self.spec.disk / DISK, into / DISK)
-                lap("disk")
-            except BaseException:
-                if not self._frozen:
-                    with contextlib.suppress(RuntimeFailed):
-                        qmp.call("cont")
-                raise
-            if resume and not self._frozen:
-                qmp.call("cont")
-            self._frozen = self._frozen or not resume
-            lap("go on")
-            pause_ms = round((time.monotonic() - began) * 1000, 2)
+            taken = taking.Memory(arena, process.pid, self._address, self.size.memory_bytes)
+            taken.ahead()
+            laps = _Laps()
+            with still:
+                laps.end("hold")
+                self._take(qmp, taken, into, resume, laps)
+            laps.end("let go")
             with _filled():
-                written = self._write_memory(arena, runs, into / MEMORY)
+                written = self._write_memory(taken, into / MEMORY)
             facts = self._own_facts() | {
                 "qemu": self._runtime.version,
                 "disk_bytes": disk_bytes,
-                "pause_ms": pause_ms,
-                "pause_parts_ms": times,
-                "own_bytes": sum(run.length for run in runs),
+                "pause_ms": laps.sum_ms,
+                "pause_parts_ms": laps.ms,
+                "ahead_bytes": taken.ahead_bytes,
+                "rest_bytes": taken.rest_bytes,
                 "written_bytes": written,
             }
             (into / FACTS).write_text(json.dumps(facts))
-            _log.debug("machine %s stood still for %.1f ms: %s", self.spec.id, pause_ms, times)
+            _log.debug("machine %s stood still for %.1f ms: %s", self.spec.id, laps.sum_ms, laps.ms)
+
+    def _take(self, qmp: client.Connection, taken: taking.Memory, into: Path, resume: bool, laps: _Laps) -> None:
+        """All that has to be of one instant. The guest stands still meanwhile."""
+        try:
+            qmp.call("stop")
+            laps.end("stop")
+            self._save_devices(qmp, into / DEVICES)
+            laps.end("devices")
+            taken.rest()
+            laps.end("memory")
+            with _filled():
+                self._runtime.clone(self.spec.disk / DISK, into / DISK)
+            laps.end("disk")
+        except BaseException:
+            if not self._frozen:
+                with contextlib.suppress(RuntimeFailed):
+                    qmp.call("cont")
+            raise
+        if resume and not self._frozen:
+            qmp.call("cont")
+        self._frozen = self._frozen or not resume
+        laps.end("go on")
 
     def _save_devices(self, qmp: client.Connection, target: Path) -> None:
         with contextlib.closing(_Descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL)) as devices:
@@ -313,13 +314,13 @@ class QemuMachine:
         finally:
             qmp.call("remove-fd", {"fdset-id": 9})
 
-    def _write_memory(self, arena: capture.Arena, runs: list[capture.Run], target: Path) -> int:
+    def _write_memory(self, taken: taking.Memory, target: Path) -> int:
         if self._base_fd is not None:
             self._runtime.clone(Path(f"/proc/self/fd/{self._base_fd}"), target)
         else:
             target.touch(mode=0o600, exist_ok=False)
             os.truncate(target, self.size.memory_bytes)
-        written = capture.write(arena, runs, target)
+        written = taken.write(target)
         target.chmod(0o400)  # From here on machines map it, and rely on it.
         return written
 
@@ -406,9 +407,9 @@ class QemuMachine:
     async def connect(self) -> Channel:
         return await asyncio.to_thread(self._connect)
 
-    async def snapshot(self, into: Path, *, resume: bool) -> None:
+    async def snapshot(self, into: Path, *, resume: bool, still: AbstractAsyncContextManager[Any] | None = None) -> None:
         # To its end, also when this is cancelled: whoever cleans up must not meet a machine that is still being read.
-        await to_the_end(self._snapshot, into, resume)
+        await to_the_end(self._snapshot, into, resume, InThread(still or contextlib.nullcontext()))
 
     async def freeze(self) -> None:
         await asyncio.to_thread(self._freeze, True)
@@ -460,6 +461,23 @@ class QemuMachine:
     async def stop(self) -> None:
         await asyncio.to_thread(self._stop)
         self.let_go()
+
+
+class _Laps:
+    """What the parts of something took, in milliseconds."""
+
+    def __init__(self) -> None:
+        self.ms: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    @property
+    def sum_ms(self) -> float:
+        return round(sum(self.ms.values()), 2)
+
+    def end(self, name: str) -> None:
+        """Of the part that went from the last end to now."""
+        now = time.monotonic()
+        self.ms[name], self._last = round((now - self._last) * 1000, 2), now
 
 
 class _Descriptor:

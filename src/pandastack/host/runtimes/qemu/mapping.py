@@ -3,7 +3,7 @@
 QEMU before 8.2 opens a memory file for writing, even for a private mapping; any QEMU wants to know the file when it starts, and
 a prepared machine does not know its state yet. So QEMU starts with anonymous memory, and the one system call that is
 missing, `mmap(MAP_PRIVATE | MAP_FIXED)` of a descriptor that is open for reading only, is made in its name: its main thread is
-stopped where it waits in a system call, steps over the `syscall` instruction once with other registers, and goes on. Debuggers and
+stopped where it waits in a system call, steps over the `syscall` instruction with other registers, and goes on. Debuggers and
 CRIU do the same. Only done before any code of a guest has run in there. See ADR 12. x86-64 only.
 """
 
@@ -13,6 +13,9 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 from pandastack.errors import RuntimeFailed
 
@@ -24,6 +27,7 @@ _PRIVATE, _FIXED, _NORESERVE = 0x02, 0x10, 0x4000
 _SINGLESTEP, _GETREGS, _SETREGS, _DETACH = 9, 12, 13, 17
 _SEIZE, _INTERRUPT = 0x4206, 0x4207
 _SYSCALL = b"\x0f\x05"
+_LAST_RESULT = 2**64 - 4096  # What is above is an error number.
 _WALL = 0x40000000
 
 
@@ -46,33 +50,56 @@ _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 
 
-def map_file(pid: int, fd: int, address: int, size_bytes: int) -> None:
-    """Map the first `size_bytes` of descriptor `fd` of process `pid` at `address` of that process, private and writable.
+class Call(Protocol):
+    """One system call by its number (asm/unistd_64.h) and up to six arguments; the result, or an OSError."""
 
-    A few hundred microseconds; blocks, and must not run while another thread waits for that process. Raises RuntimeFailed.
+    def __call__(self, number: int, *arguments: int) -> int: ...
+
+
+@contextmanager
+def in_its_name(pid: int) -> Iterator[Call]:
+    """While the block runs, process `pid` stands still, and makes the system calls that it is told to.
+
+    A few hundred microseconds; blocks, and must not run while another thread waits for that process. Raises RuntimeFailed: then the
+    process is in an unknown place, and to be ended.
     """
     ends = time.monotonic() + _TIMEOUT_S
     _trace(_SEIZE, pid)
-    # If anything below fails, QEMU is in an unknown place and its machine will be ended; it must be free for that.
     try:
         registers = _stopped_in_a_call(pid, ends)
-        call = _Registers.from_buffer_copy(registers)
-        call.rip -= len(_SYSCALL)
-        call.orig_rax = 2**64 - 1  # Else the kernel would take the result for that of the call it interrupted.
-        call.rax, call.rdi, call.rsi, call.rdx = _MMAP, address, size_bytes, _PROT_READ_WRITE
-        call.r10, call.r8, call.r9 = _PRIVATE | _FIXED | _NORESERVE, fd, 0
-        _trace(_SETREGS, pid, ctypes.byref(call))
-        _trace(_SINGLESTEP, pid)
-        if _wait(pid, ends) != signal.SIGTRAP:
-            raise RuntimeFailed("QEMU did not come back from mapping its memory")
-        after = _Registers()
-        _trace(_GETREGS, pid, ctypes.byref(after))
-        _trace(_SETREGS, pid, ctypes.byref(registers))
+
+        def call(number: int, *arguments: int) -> int:
+            told = _Registers.from_buffer_copy(registers)
+            told.rip -= len(_SYSCALL)
+            told.orig_rax = 2**64 - 1  # Else the kernel would take the result for that of the call it interrupted.
+            told.rax = number
+            told.rdi, told.rsi, told.rdx, told.r10, told.r8, told.r9 = (*arguments, *[0] * (6 - len(arguments)))
+            _trace(_SETREGS, pid, ctypes.byref(told))
+            _trace(_SINGLESTEP, pid)
+            after = _Registers()
+            if _wait(pid, ends) == signal.SIGTRAP:
+                _trace(_GETREGS, pid, ctypes.byref(after))
+            _trace(_SETREGS, pid, ctypes.byref(registers))
+            if after.rip != registers.rip:
+                raise RuntimeFailed("QEMU did not come back from a system call")
+            if after.rax > _LAST_RESULT:
+                raise OSError(2**64 - after.rax, os.strerror(2**64 - after.rax))
+            return int(after.rax)
+
+        yield call
     finally:
+        # If anything failed, its machine will be ended, and it must be free for that.
         _libc.ptrace(_DETACH, pid, None, None)
-    if after.rax != address or after.rip != registers.rip:
-        error = os.strerror(2**64 - after.rax) if after.rax > 2**64 - 4096 else "an unexpected result"
-        raise RuntimeFailed("the saved memory could not be mapped", detail=error)
+
+
+def map_file(call: Call, fd: int, address: int, size_bytes: int) -> None:
+    """Map the first `size_bytes` of the process's descriptor `fd` at its `address`, private and writable. Raises RuntimeFailed."""
+    try:
+        mapped = call(_MMAP, address, size_bytes, _PROT_READ_WRITE, _PRIVATE | _FIXED | _NORESERVE, fd, 0)
+    except OSError as error:
+        raise RuntimeFailed("the saved memory could not be mapped", detail=str(error)) from error
+    if mapped != address:
+        raise RuntimeFailed("the saved memory could not be mapped", detail="an unexpected result")
 
 
 def _stopped_in_a_call(pid: int, ends: float) -> _Registers:
