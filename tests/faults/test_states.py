@@ -217,6 +217,7 @@ async def test_deleted_in_a_step_that_hangs_it_leaves_nothing(world: World, host
         await host.delete_snapshot(snapshot.id)
     for one in await host.list():
         await host.delete(one.id)
+    await settled(host)
     assert (world.left(), saved(world), (await host.describe()).capacity.sandboxes) == ({}, [], 0)
     with pytest.raises(SandboxNotFound):
         await host.get(box)
