@@ -6,18 +6,47 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from pandastack.bench import bare, benchmarks, figures, forks, states
+from pandastack.bench import bare_qemu, bare_runsc, benchmarks, figures, forks, restores, runsc_sandboxes, server, states
+from pandastack.bench.setting import Say, Setting
+from pandastack.bench.tool import BareTool
 from pandastack.bench.workloads import LARGE_STATE_MB
 from pandastack.errors import PandastackError
 
-NAMES = ("create", "exec", "files", "burst", "idle", "snapshot", "fork", "wake")
+TOOLS: dict[str, Callable[[str], AbstractContextManager[BareTool]]] = {"gvisor": bare_runsc.tool, "qemu": bare_qemu.tool}
 _STATES_MB = (0, 50, 300)
 _CHILDREN = (1, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class _Benchmark:
+    """`runtimes` is empty where it is for all of them."""
+
+    measure: Callable[[Setting, argparse.Namespace], list[figures.Row]]
+    runtimes: Sequence[str] = ()
+
+    def of(self, runtime: str) -> bool:
+        return not self.runtimes or runtime in self.runtimes
+
+
+# To add one: a function that takes a Setting and returns rows, its line here, its promises in `promises`, and docs/reference/benchmarks.md.
+BENCHMARKS = {
+    "create": _Benchmark(lambda setting, given: benchmarks.create(setting, given.samples or 20, given.slots, given.blanks)),
+    "restore": _Benchmark(lambda setting, given: restores.restore(setting, given.samples or 20, given.blanks), ("qemu",)),
+    "exec": _Benchmark(lambda setting, given: benchmarks.exec_(setting, given.samples or 100)),
+    "files": _Benchmark(lambda setting, given: benchmarks.files(setting, given.size_mib, given.samples or 3)),
+    "burst": _Benchmark(lambda setting, given: benchmarks.burst(setting, given.burst, given.burst_slots)),
+    "idle": _Benchmark(lambda setting, given: benchmarks.idle(setting, given.samples or 10)),
+    "snapshot": _Benchmark(lambda setting, given: states.snapshot(setting, _sizes(setting, given), given.samples, given.blanks)),
+    "fork": _Benchmark(lambda setting, given: forks.fork(setting, _sizes(setting, given), given.children, given.samples, given.blanks)),
+    "wake": _Benchmark(lambda setting, given: states.wake(setting, _sizes(setting, given), given.samples, given.blanks)),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="pandastack bench",
         description="Measure this machine through the SDK over HTTP, against the bare tool in the same run.",
     )
-    parser.add_argument("benchmark", nargs="*", choices=[*NAMES, []], help=f"which ones: {', '.join(NAMES)} (default: all)")
+    names = [*BENCHMARKS]
+    parser.add_argument("benchmark", nargs="*", choices=[*names, []], help=f"which ones: {', '.join(names)} (default: all of the runtime)")
+    parser.add_argument("--runtime", choices=[*TOOLS], default="gvisor", help="which runtime is measured (default: gvisor)")
     parser.add_argument("--template", default="base")
     parser.add_argument(
         "-n", "--samples", type=int, help="samples of each case (default: 20 creates, 100 execs, 3 large files, 5 states, 2 of 1000 MB)"
@@ -42,15 +73,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--children", type=_numbers(1, 16), default=_CHILDREN, help="children of a fork (default: 1,4,8,16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     arguments = parser.parse_args(argv)
+    for name in arguments.benchmark:
+        if not BENCHMARKS[name].of(arguments.runtime):
+            parser.error(f"{name} is of {', '.join(BENCHMARKS[name].runtimes)} only")
     # Without a terminal nobody sets a width, and a narrow table is hard to read.
     console = Console(width=None if sys.stdout.isatty() else 160)
     progress = Console(stderr=True)
     # Ended from outside, it must still take its server and sandboxes with it.
     signal.signal(signal.SIGTERM, _end)
-    bare.adopt_orphans()
+    runsc_sandboxes.adopt_orphans()
     try:
         if os.geteuid() != 0:
-            raise PandastackError("bench must run as root, because it drives runsc by hand to compare", hint="run it with sudo")
+            raise PandastackError("bench must run as root, because it drives the bare tool by hand to compare", hint="run it with sudo")
         with progress.status("starting") as status:
             rows = _measure(arguments, lambda text: status.update(text))
     except PandastackError as error:
@@ -62,28 +96,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _measure(arguments: argparse.Namespace, say: benchmarks.Say) -> list[figures.Row]:
-    template, n = arguments.template, arguments.samples
-    wanted = arguments.benchmark or NAMES
-    rows: list[figures.Row] = []
-    if "create" in wanted:
-        rows += benchmarks.create(template, n or 20, arguments.slots, arguments.blanks, say)
-    if "exec" in wanted:
-        rows += benchmarks.exec_(template, n or 100, say)
-    if "files" in wanted:
-        rows += benchmarks.files(template, arguments.size_mib, n or 3, say)
-    if "burst" in wanted:
-        rows += benchmarks.burst(template, arguments.burst, arguments.burst_slots, say)
-    if "idle" in wanted:
-        rows += benchmarks.idle(template, n or 10, say)
-    sizes_mb = arguments.state_mb or [*_STATES_MB, *([LARGE_STATE_MB] if forks.fits(LARGE_STATE_MB, 1) else [])]
-    if "snapshot" in wanted:
-        rows += states.snapshot(template, sizes_mb, n, arguments.blanks, say)
-    if "fork" in wanted:
-        rows += forks.fork(template, sizes_mb, arguments.children, n, arguments.blanks, say)
-    if "wake" in wanted:
-        rows += states.wake(template, sizes_mb, n, arguments.blanks, say)
+def _measure(arguments: argparse.Namespace, say: Say) -> list[figures.Row]:
+    runtime, rows = arguments.runtime, []
+    with server.place(runtime) as place, TOOLS[runtime](arguments.template) as bare:
+        setting = Setting(runtime, arguments.template, place, bare, say)
+        for name in BENCHMARKS:
+            if name in (arguments.benchmark or BENCHMARKS) and BENCHMARKS[name].of(runtime):
+                rows += BENCHMARKS[name].measure(setting, arguments)
     return rows
+
+
+def _sizes(setting: Setting, arguments: argparse.Namespace) -> Sequence[int]:
+    large = [LARGE_STATE_MB] if forks.fits(setting.runtime, LARGE_STATE_MB, 1) else []
+    return arguments.state_mb or [*_STATES_MB, *large]
 
 
 def _numbers(least: int, most: int) -> Callable[[str], list[int]]:

@@ -4,47 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pandastack.bench import bare, memory, server
+from pandastack.bench import memory, server
 from pandastack.bench.figures import Row, quantity, timing
+from pandastack.bench.setting import Setting
 from pandastack.errors import PandastackError
 from pandastack.sdk.async_sandboxes import AsyncSandbox
 from pandastack.sdk.client import AsyncClient
 from pandastack.sdk.sandboxes import Sandbox
 
-Say = Callable[[str], None]
 _GIB = 1 << 30
 _MIB = 1 << 20
 
 
-def create(template: str, n: int, slots: int, blanks: int, say: Say) -> list[Row]:
+def create(setting: Setting, n: int, slots: int, blanks: int) -> list[Row]:
     """From the call to the result of the first command: from slots, from blank machines, and with nothing made ahead of time."""
     rows = []
-    with bare.work() as work:
-        for case, pool, blank, promise in (
-            ("with slots", slots, 0, 0.5),
-            ("blank machines", 0, blanks, None),
-            ("without slots", 0, 0, 1.0),
-        ):
-            with server.running(slots=pool, blanks=blank, template=template) as running:
-                by_hand = bare.bare(template)
-                _first_exec(running, template)  # The first one pays for what is loaded once.
-                ours, theirs = [], []
-                for turn in range(n):
-                    say(f"create {case}: {turn + 1} of {n}")
-                    if pool:
-                        running.wait_for_slots()
-                    ours.append(_first_exec(running, template))
-                    with by_hand.sandbox(work) as (name, prefix, took):
-                        theirs.append(took + by_hand.exec_true(name, prefix))
-                rows.append(timing("create", case, "gvisor", ours, theirs, at_most=promise))
+    for case, pool, blank in (("with slots", slots, 0), ("blank machines", 0, blanks), ("without slots", 0, 0)):
+        with setting.running(slots=pool, blanks=blank) as running:
+            first_exec(running, setting.template)  # The first one pays for what is loaded once.
+            ours, theirs = [], []
+            for turn in range(n):
+                setting.say(f"create {case}: {turn + 1} of {n}")
+                if pool:
+                    running.wait_for_slots()
+                ours.append(first_exec(running, setting.template))
+                theirs.append(setting.bare.create_and_exec())
+            rows.append(timing("create", case, setting.runtime, ours, theirs, promise=setting.promise("create", case)))
     return rows
 
 
-def _first_exec(running: server.Server, template: str) -> float:
+def first_exec(running: server.Server, template: str) -> float:
     began = time.perf_counter()
     sandbox = running.client.sandboxes.create(template)
     try:
@@ -54,26 +48,24 @@ def _first_exec(running: server.Server, template: str) -> float:
         sandbox.kill()
 
 
-def exec_(template: str, n: int, say: Say) -> list[Row]:
+def exec_(setting: Setting, n: int) -> list[Row]:
     """One command after another, and many side by side, in one sandbox."""
-    with bare.work() as work, server.running(slots=0, template=template) as running:
-        by_hand = bare.bare(template)
-        with running.client.sandboxes.create(template) as sandbox, by_hand.sandbox(work) as (name, prefix, _):
-            for _ in range(3):
-                sandbox.exec(["/bin/true"], check=True)
-                by_hand.exec_true(name, prefix)
-            ours, theirs = [], []
-            for turn in range(n):
-                say(f"exec: {turn + 1} of {n}")
-                began = time.perf_counter()
-                sandbox.exec(["/bin/true"], check=True)
-                ours.append(time.perf_counter() - began)
-                theirs.append(by_hand.exec_true(name, prefix))
-            rows = [timing("exec", "/bin/true", "gvisor", ours, theirs, at_most=0.6)]
-            say("exec: 200 side by side")
-            took, errors = asyncio.run(_parallel_execs(running, sandbox.id, 200))
-            rows.append(quantity("exec", "200 in parallel: errors", "gvisor", 200, errors, "errors", at_most=0))
-            rows.append(quantity("exec", "200 in parallel: rate", "gvisor", 200, 200 / took, "1/s"))
+    runtime = setting.runtime
+    with setting.running() as running, running.client.sandboxes.create(setting.template) as sandbox, setting.bare.session() as by_hand:
+        for _ in range(3):
+            sandbox.exec(["/bin/true"], check=True)
+            by_hand()
+        ours, theirs = [], []
+        for turn in range(n):
+            setting.say(f"exec: {turn + 1} of {n}")
+            ours.append(_timed(lambda: sandbox.exec(["/bin/true"], check=True)))
+            theirs.append(by_hand())
+        rows = [timing("exec", "/bin/true", runtime, ours, theirs, promise=setting.promise("exec", "/bin/true"))]
+        setting.say("exec: 200 side by side")
+        took, errors = asyncio.run(_parallel_execs(running, sandbox.id, 200))
+        none = setting.promise("exec", "errors in parallel")
+        rows.append(quantity("exec", "200 in parallel: errors", runtime, 200, errors, "errors", promise=none))
+        rows.append(quantity("exec", "200 in parallel: rate", runtime, 200, 200 / took, "1/s"))
     return rows
 
 
@@ -92,20 +84,21 @@ async def _parallel_execs(running: server.Server, sandbox_id: str, count: int) -
         return time.perf_counter() - began, count - sum(right)
 
 
-def burst(template: str, n: int, slots: int, say: Say) -> list[Row]:
+def burst(setting: Setting, n: int, slots: int) -> list[Row]:
     """`n` creates at once: how many a second, and how long each took."""
-    rows = []
-    for case, pool, promise in ((f"{n} at once, {slots} slots", slots, 20.0), (f"{n} at once, no slots", 0, None)):
-        with server.running(slots=pool, template=template) as running:
-            _first_exec(running, template)
+    rows, runtime = [], setting.runtime
+    for case, pool in ((f"{n} at once, {slots} slots", slots), (f"{n} at once, no slots", 0)):
+        with setting.running(slots=pool) as running:
+            first_exec(running, setting.template)
             if pool:
-                say("burst: filling the pool")
+                setting.say("burst: filling the pool")
                 running.wait_for_slots()
-            say(f"burst: {case}")
-            took, each, failed = asyncio.run(_burst(running, template, n))
-            rows.append(timing("burst", case, "gvisor", each))
-            rows.append(quantity("burst", f"{case}: failed", "gvisor", n, failed, "failed", at_most=0))
-            rows.append(quantity("burst", f"{case}: rate", "gvisor", n, (n - failed) / took, "1/s", at_least=promise))
+            setting.say(f"burst: {case}")
+            took, each, failed = asyncio.run(_burst(running, setting.template, n))
+            none, rate = setting.promise("burst", "failed"), setting.promise("burst", "rate with slots", if_=pool > 0)
+            rows.append(timing("burst", case, runtime, each))
+            rows.append(quantity("burst", f"{case}: failed", runtime, n, failed, "failed", promise=none))
+            rows.append(quantity("burst", f"{case}: rate", runtime, n, (n - failed) / took, "1/s", promise=rate))
     return rows
 
 
@@ -126,20 +119,22 @@ async def _burst(running: server.Server, template: str, n: int) -> tuple[float, 
         return took, each, n - len(each)
 
 
-def files(template: str, size_mib: int, n: int, say: Say) -> list[Row]:
+def files(setting: Setting, size_mib: int, n: int) -> list[Row]:
     """A large file up and down against a plain copy of it, and what that and a flood of output cost the server's memory."""
-    with bare.work() as work, server.running(slots=0, template=template) as running:
+    runtime, promise = setting.runtime, setting.promise
+    with tempfile.TemporaryDirectory(prefix="pandastack-bench-", dir="/var/tmp") as folder, setting.running() as running:
+        work = Path(folder)
         source, copy, back = work / "source", work / "copy", work / "back"
         _random_file(source, size_mib)
         disk_mb = 3 * size_mib + 512
-        with running.client.sandboxes.create(template, disk_mb=disk_mb) as sandbox:
+        with running.client.sandboxes.create(setting.template, disk_mb=disk_mb) as sandbox:
             sandbox.filesystem.write("/work/small", b"x")
             plain: list[float] = []
             ups: list[float] = []
             downs: list[float] = []
             base = running.forget_peak()
             for turn in range(n):
-                say(f"files: {size_mib} MiB, {turn + 1} of {n}")
+                setting.say(f"files: {size_mib} MiB, {turn + 1} of {n}")
                 plain.append(_timed(lambda: subprocess.run(["/bin/cp", str(source), str(copy)], check=True)))
                 copy.unlink()
                 ups.append(_timed(lambda: sandbox.filesystem.upload(str(source), "/work/large")))
@@ -149,39 +144,41 @@ def files(template: str, size_mib: int, n: int, say: Say) -> list[Row]:
                 back.unlink()
             grown = (running.memory_peak_bytes() - base) / _MIB
             rows = [
-                timing("files", f"upload {size_mib} MiB", "gvisor", ups, plain, at_most=1 / 0.3),
-                timing("files", f"download {size_mib} MiB", "gvisor", downs, plain, at_most=1 / 0.3),
-                quantity("files", "server memory growth", "gvisor", n, grown, "MiB", at_most=64),
+                timing("files", f"upload {size_mib} MiB", runtime, ups, plain, promise=promise("files", "upload")),
+                timing("files", f"download {size_mib} MiB", runtime, downs, plain, promise=promise("files", "download")),
+                quantity("files", "server memory growth", runtime, n, grown, "MiB", promise=promise("files", "server memory growth")),
             ]
-            say("files: a command that prints 1 GiB")
+            setting.say("files: a command that prints 1 GiB")
             base = running.forget_peak()
             with sandbox.stream(f"head -c {_GIB} /dev/zero") as output:
                 seen = sum(len(event.data) for event in output)
             grown = (running.memory_peak_bytes() - base) / _MIB
-            rows.append(quantity("files", "1 GiB of output: lost", "gvisor", 1, _GIB - seen, "bytes", at_most=0))
-            rows.append(quantity("files", "1 GiB of output: server memory growth", "gvisor", 1, grown, "MiB", at_most=32))
+            lost, growth = promise("files", "output lost"), promise("files", "server memory growth for output")
+            rows.append(quantity("files", "1 GiB of output: lost", runtime, 1, _GIB - seen, "bytes", promise=lost))
+            rows.append(quantity("files", "1 GiB of output: server memory growth", runtime, 1, grown, "MiB", promise=growth))
     return rows
 
 
-def idle(template: str, n: int, say: Say) -> list[Row]:
-    """What sandboxes cost that do nothing: memory (shared pages counted once) and CPU."""
-    with server.running(slots=0, template=template) as running:
+def idle(setting: Setting, n: int) -> list[Row]:
+    """What sandboxes cost that do nothing: memory (shared pages counted once; and what of it is their own) and CPU."""
+    runtime = setting.runtime
+    with setting.running() as running:
         made: list[Sandbox] = []
         try:
             for turn in range(n):
-                say(f"idle: {turn + 1} of {n}")
-                made.append(running.client.sandboxes.create(template))
+                setting.say(f"idle: {turn + 1} of {n}")
+                made.append(running.client.sandboxes.create(setting.template))
             time.sleep(6)  # Until they count as idle.
             before = [sandbox.metrics().host_cpu_seconds for sandbox in made]
             time.sleep(10)
             used = sum(sandbox.metrics().host_cpu_seconds for sandbox in made) - sum(before)
-            share = memory.proportional_bytes([sandbox.metrics().pid for sandbox in made]) / n / _MIB
+            cost = memory.cost(made)
         finally:
             for sandbox in made:
                 sandbox.kill()
     return [
-        quantity("idle", f"memory of each of {n}", "gvisor", n, share, "MiB PSS", at_most=30),
-        quantity("idle", f"CPU of each of {n}", "gvisor", n, 100 * used / 10 / n, "% of a core", at_most=0.1),
+        *memory.rows("idle", f"memory of each of {n}", runtime, n, cost, promise=setting.promise("idle", "memory")),
+        quantity("idle", f"CPU of each of {n}", runtime, n, 100 * used / 10 / n, "% of a core", promise=setting.promise("idle", "CPU")),
     ]
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from pandastack.bench.promises import Promise
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -49,13 +51,14 @@ def timing(
     ours_s: Sequence[float],
     bare_s: Sequence[float] | None = None,
     *,
-    at_most: float | None = None,
+    promise: Promise | None = None,
     note: str | None = None,
 ) -> Row:
-    """A row of durations; `at_most` is the promised ratio to the bare tool."""
+    """A row of durations. Seconds in, milliseconds out."""
     p50 = percentile(ours_s, 0.5) * 1000
     bare = percentile(bare_s, 0.5) * 1000 if bare_s else None
     ratio = round(p50 / bare, 3) if bare else None
+    judged = ratio if promise is not None and promise.of == "ratio" else p50
     return Row(
         benchmark=benchmark,
         case=case,
@@ -66,8 +69,8 @@ def timing(
         p99_ms=round(percentile(ours_s, 0.99) * 1000, 2),
         bare_p50_ms=round(bare, 2) if bare is not None else None,
         ratio_p50=ratio,
-        target=f"ratio <= {at_most:g}" if at_most is not None else None,
-        met=ratio <= at_most if ratio is not None and at_most is not None else None,
+        target=promise.text if promise is not None else None,
+        met=promise.held(judged) if promise is not None and judged is not None else None,
         note=note,
     )
 
@@ -80,14 +83,21 @@ def quantity(
     value: float,
     unit: str,
     *,
-    at_least: float | None = None,
-    at_most: float | None = None,
+    promise: Promise | None = None,
     note: str | None = None,
 ) -> Row:
-    """A row of something that is no duration, with its promise if there is one."""
-    target = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}" if at_most is not None else None
-    met = value >= at_least if at_least is not None else value <= at_most if at_most is not None else None
-    return Row(benchmark=benchmark, case=case, runtime=runtime, n=n, value=round(value, 2), unit=unit, target=target, met=met, note=note)
+    """A row of something that is no duration of samples, with its promise if there is one."""
+    return Row(
+        benchmark=benchmark,
+        case=case,
+        runtime=runtime,
+        n=n,
+        value=round(value, 2),
+        unit=unit,
+        target=promise.text if promise is not None else None,
+        met=promise.held(value) if promise is not None else None,
+        note=note,
+    )
 
 
 def show(rows: Sequence[Row], console: Console) -> None:

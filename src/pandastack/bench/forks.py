@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pandastack.bench import bare, bare_states, memory, server
-from pandastack.bench.benchmarks import Say
-from pandastack.bench.figures import Row, quantity, timing
+from pandastack.bench import memory, server
+from pandastack.bench.figures import Row, percentile, quantity, timing
+from pandastack.bench.setting import Setting
 from pandastack.bench.states import MIB, PROMISED_STATE_MB, resolution, stored_bytes
+from pandastack.bench.tool import BareState
 from pandastack.bench.workloads import Workload, ticking
 from pandastack.errors import PandastackError
 from pandastack.host.admission import memory_mib
@@ -18,43 +19,46 @@ from pandastack.sdk.sandboxes import Sandbox
 
 _PAUSES = 3  # Samples of the pause for each number of children, at most.
 _EXEC_TIMEOUT_S = 120.0
-_BESIDES_MB = 64  # What a sandbox takes beside its state.
+_BESIDES_MB = {"gvisor": 64, "qemu": 256}  # What a sandbox takes beside its state; the bare one's memory is all its own.
 _ONE_BY_ONE = "the bare tool saves once and then restores the children one after the other; first: its first child, all: its last"
 _TIMES_EIGHT = "against 8 times what the bare tool takes for one child"
 
 
-def fork(template: str, sizes_mb: Sequence[int], counts: Sequence[int], samples: int | None, blanks: int, say: Say) -> list[Row]:
+def fork(setting: Setting, sizes_mb: Sequence[int], counts: Sequence[int], samples: int | None, blanks: int) -> list[Row]:
     """Sizes and numbers of children that need more memory than is free are left out."""
     rows = []
-    with bare.work() as work, server.running(slots=0, blanks=blanks, template=template) as running:
-        by_hand = bare.bare(template)
+    with setting.running(blanks=blanks) as running:
         for size_mb in sizes_mb:
-            workload, fitting = Workload(size_mb), [count for count in counts if fits(size_mb, count)]
+            workload, fitting = Workload(size_mb), [count for count in counts if fits(setting.runtime, size_mb, count)]
             if not fitting:
                 continue
-            say(f"fork {size_mb} MB: filling memory")
-            with workload.sandbox(running, template) as parent, bare_states.holding(by_hand, work, workload) as held:
-                rows += _Fork(running, parent, held, size_mb, fitting).rows(workload.samples(samples), say)
+            setting.say(f"fork {size_mb} MB: filling memory")
+            with workload.sandbox(running, setting.template) as parent, setting.bare.holding(workload) as held:
+                rows += _Fork(setting, running, parent, held, size_mb, fitting).rows(workload.samples(samples))
     return rows
 
 
-def fits(state_mb: int, children: int) -> bool:
+def fits(runtime: str, state_mb: int, children: int) -> bool:
     """Whether memory holds the parents (ours and the bare one), the children, and the files of the captures."""
-    return (children + 2) * (state_mb + _BESIDES_MB) + 2 * state_mb < 0.9 * memory_mib("MemAvailable")
+    return (children + 2) * (state_mb + _BESIDES_MB[runtime]) + 2 * state_mb < 0.9 * memory_mib("MemAvailable")
 
 
 class _Fork:
-    def __init__(self, running: server.Server, parent: Sandbox, held: bare_states.BareState, size_mb: int, counts: Sequence[int]) -> None:
+    def __init__(
+        self, setting: Setting, running: server.Server, parent: Sandbox, held: BareState, size_mb: int, counts: Sequence[int]
+    ) -> None:
+        self._setting = setting
         self._running = running
         self._parent = parent
         self._held = held
         self._size_mb = size_mb
         self._counts = counts
 
-    def rows(self, n: int, say: Say) -> list[Row]:
+    def rows(self, n: int) -> list[Row]:
+        say, runtime = self._setting.say, self._setting.runtime
         firsts: dict[int, list[float]] = {count: [] for count in self._counts}
         lasts: dict[int, list[float]] = {count: [] for count in self._counts}
-        shares: dict[int, float] = {}
+        costs: dict[int, memory.Cost] = {}
         theirs = []
         for turn in range(n):
             for count in self._counts:
@@ -63,49 +67,62 @@ class _Fork:
                     firsts[count].append(min(answered))
                     lasts[count].append(max(answered))
                     if turn == n - 1:
-                        shares[count] = memory.proportional_bytes([child.metrics().pid for child in children]) / count / MIB
+                        costs[count] = memory.cost(children)
             say(f"fork {self._size_mb} MB: the bare tool, {turn + 1} of {n}")
             theirs.append(self._held.fork(max(self._counts)))
         rows = [row for count in self._counts for row in self._timings(count, firsts[count], lasts[count], theirs)]
-        for count, share in shares.items():
-            rows.append(quantity("fork", f"{self._case(count)}: memory of each", "gvisor", count, share, "MiB PSS"))
-        rows += self._pauses(min(n, _PAUSES), say)
+        for count, cost in costs.items():
+            rows += memory.rows("fork", f"{self._case(count)}: memory of each", runtime, count, cost)
+        rows += self._by_one(lasts)
+        rows += self._pauses(min(n, _PAUSES))
         written = stored_bytes(self._running, self._parent) / MIB
         rows.append(
-            quantity("fork", f"{self._size_mb} MB: written", "gvisor", 1, written, "MiB", note="written: of a snapshot of the same state")
+            quantity("fork", f"{self._size_mb} MB: written", runtime, 1, written, "MiB", note="written: of a snapshot of the same state")
         )
         return rows
 
     def _timings(self, count: int, firsts: Sequence[float], lasts: Sequence[float], theirs: Sequence[Sequence[float]]) -> list[Row]:
-        case, promised = self._case(count), self._size_mb == PROMISED_STATE_MB
+        case, runtime, promised = self._case(count), self._setting.runtime, self._size_mb == PROMISED_STATE_MB
         one = [answered[0] for answered in theirs]
         if count == 1:
-            return [timing("fork", f"{case}: answers", "gvisor", firsts, one, at_most=0.9 if promised else None)]
+            promise = self._setting.promise("fork", "one child", if_=promised)
+            return [timing("fork", f"{case}: answers", runtime, firsts, one, promise=promise)]
         rows = [
-            timing("fork", f"{case}: first answers", "gvisor", firsts, one, note=_ONE_BY_ONE),
-            timing("fork", f"{case}: all answer", "gvisor", lasts, [answered[count - 1] for answered in theirs], note=_ONE_BY_ONE),
+            timing("fork", f"{case}: first answers", runtime, firsts, one, note=_ONE_BY_ONE),
+            timing("fork", f"{case}: all answer", runtime, lasts, [answered[count - 1] for answered in theirs], note=_ONE_BY_ONE),
         ]
         if count == 8:
             eight = [8 * took for took in one]
-            promise = 0.6 if promised else None
-            rows.append(
-                timing("fork", f"{case}: all, by 8 x one", "gvisor", lasts, eight, at_most=promise, note=f"by 8 x one: {_TIMES_EIGHT}")
-            )
+            promise = self._setting.promise("fork", "all of 8 by 8 x one by hand", if_=promised)
+            note = f"by 8 x one: {_TIMES_EIGHT}"
+            rows.append(timing("fork", f"{case}: all, by 8 x one", runtime, lasts, eight, promise=promise, note=note))
         return rows
 
-    def _pauses(self, n: int, say: Say) -> list[Row]:
+    def _by_one(self, lasts: dict[int, list[float]]) -> list[Row]:
+        """How much longer than one child eight of them take."""
+        if not {1, 8} <= lasts.keys():
+            return []
+        times = percentile(lasts[8], 0.5) / percentile(lasts[1], 0.5)
+        promise = self._setting.promise("fork", "all of 8 by one", if_=self._size_mb == PROMISED_STATE_MB)
+        return [
+            quantity(
+                "fork", f"{self._case(8)}: all answer, by one child", self._setting.runtime, len(lasts[8]), times, "x", promise=promise
+            )
+        ]
+
+    def _pauses(self, n: int) -> list[Row]:
         """Apart from the times: a process that ticks runs on in every child, and takes CPU from it."""
         rows = []
         with ticking(self._parent) as ticker:
             for count in self._counts:
                 pauses = []
                 for turn in range(n):
-                    say(f"fork {self._size_mb} MB: pause with {count} children, {turn + 1} of {n}")
+                    self._setting.say(f"fork {self._size_mb} MB: pause with {count} children, {turn + 1} of {n}")
                     ticker.longest_s()
                     with self._children(count):
                         pauses.append(ticker.longest_s())
                 note = resolution(f"{self._size_mb} MB", ticker.quiet_s)
-                rows.append(timing("fork", f"{self._case(count)}: pause of the parent", "gvisor", pauses, note=note))
+                rows.append(timing("fork", f"{self._case(count)}: pause of the parent", self._setting.runtime, pauses, note=note))
         return rows
 
     @contextlib.contextmanager

@@ -16,32 +16,39 @@ from pathlib import Path
 
 import httpx2
 
-from pandastack.errors import HostUnfit, PandastackError
+from pandastack.errors import HostUnfit, PandastackError, RuntimeUnavailable
+from pandastack.host.storage import loops, space
+from pandastack.host.storage.pool import Pool, default_size
 from pandastack.sdk.client import Client
 from pandastack.wire.host import HostInfo
 
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 60.0
 _SLOTS_TIMEOUT_S = 60.0
-# The one that the bare tool is of; `auto` would be another where there is KVM.
-_SETTINGS = {"PANDASTACK_RUNTIMES": "gvisor", "PANDASTACK_MIN_ISOLATION": "gvisor"}
+_TRIED_TIMEOUT_S = 300.0  # A runtime is tried while the server runs already; the first time it fetches a kernel.
+_MOST_POOL_BYTES = 64 << 30  # Of a sparse file.
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server, and a client with the administrator's key."""
+    """A running server, and a client with the administrator's key. `root` is below what saved states and machines are."""
 
     pid: int
     url: str
     token: str
     client: Client
+    data: Path
+    root: Path
+    acceleration: str | None = None
+
+    def info(self) -> HostInfo:
+        return _info(self.url, self.token)
 
     def wait_for_slots(self) -> None:
         """Return when the pool is full, so that a measurement does not run beside its refill."""
         deadline = time.monotonic() + _SLOTS_TIMEOUT_S
         while time.monotonic() < deadline:
-            answer = httpx2.get(f"{self.url}/v1/host", headers={"Authorization": f"Bearer {self.token}"}, timeout=10)
-            host = HostInfo.model_validate_json(answer.raise_for_status().content)
+            host = self.info()
             if host.slots_ready >= host.slots_wanted > 0:
                 return
             time.sleep(0.02)
@@ -60,16 +67,26 @@ class Server:
         return self.memory_peak_bytes()
 
 
-@contextlib.contextmanager
-def running(*, slots: int, template: str, blanks: int = 0) -> Iterator[Server]:
-    """Start, make the template ready, hand out, stop. Raises HostUnfit when it does not start."""
-    with tempfile.TemporaryDirectory(prefix="pandastack-bench-", dir="/var/tmp") as folder:
-        work = Path(folder)
-        ready = work / "ready.json"
-        command = [sys.executable, "-m", "pandastack.standalone", "up", "--port", "0", "--data-dir", str(work / "data")]
+@dataclass(frozen=True)
+class Place:
+    """Where the servers of one run keep their data, one after the other: what is baked is baked once. `root` as in Server."""
+
+    runtime: str
+    folder: Path
+    root: Path
+
+    @contextlib.contextmanager
+    def running(self, *, slots: int, template: str, blanks: int = 0) -> Iterator[Server]:
+        """Start, make the template ready, hand out, stop. Raises HostUnfit when it does not start."""
+        ready = self.folder / "ready.json"
+        ready.unlink(missing_ok=True)
+        data = self.folder / "data"
+        command = [sys.executable, "-m", "pandastack.standalone", "up", "--port", "0", "--data-dir", str(data)]
+        # Only the runtime under measure: `auto` would be another where there is a stronger one.
+        own = {"PANDASTACK_RUNTIMES": self.runtime, "PANDASTACK_MIN_ISOLATION": "none", "PANDASTACK_BLANKS": str(blanks)}
         process = subprocess.Popen(
             [*command, "--slots", str(slots), "--ready-file", str(ready)],
-            env={**os.environ, **_SETTINGS, "XDG_CONFIG_HOME": str(work / "config"), "PANDASTACK_BLANKS": str(blanks)},
+            env={**os.environ, **own, "XDG_CONFIG_HOME": str(self.folder / "config")},
             stdout=subprocess.DEVNULL,
         )
         try:
@@ -79,11 +96,12 @@ def running(*, slots: int, template: str, blanks: int = 0) -> Iterator[Server]:
                     raise HostUnfit("the server for the benchmark did not start", hint="run `pandastack doctor`")
                 time.sleep(0.02)
             local = json.loads(ready.read_text())
-            with Client(api_url=local["api_url"], api_key=local["token"]) as client:
-                for _ in client.templates.bake(template):
-                    pass
+            url, token = local["api_url"], local["token"]
+            with Client(api_url=url, api_key=token) as client:
+                _bake(client, template, self.runtime)
+                found = next(one for one in _info(url, token).runtimes if one.name == self.runtime)
                 try:
-                    yield Server(process.pid, local["api_url"], local["token"], client)
+                    yield Server(process.pid, url, token, client, data, self.root, found.acceleration)
                 finally:
                     _clear(client)
         finally:
@@ -93,6 +111,52 @@ def running(*, slots: int, template: str, blanks: int = 0) -> Iterator[Server]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextlib.contextmanager
+def place(runtime: str) -> Iterator[Place]:
+    """A new one, gone afterwards. That of a runtime whose machines are copies of files is where copies share blocks."""
+    with tempfile.TemporaryDirectory(prefix="pandastack-bench-", dir="/var/tmp") as folder:
+        data = Path(folder) / "data"
+        data.mkdir(mode=0o700)
+        if runtime == "gvisor":
+            yield Place(runtime, Path(folder), data)
+        else:
+            with pool(data) as root:
+                yield Place(runtime, Path(folder), root)
+
+
+@contextlib.contextmanager
+def pool(data: Path) -> Iterator[Path]:
+    """Where in a data directory copies of files share blocks: itself, or a pool in it. It is mounted meanwhile."""
+    made = Pool(data)
+    if not space.shares_blocks(data):
+        made.init(size_bytes=min(_MOST_POOL_BYTES, default_size(data)))
+    try:
+        made.open()
+        yield made.root
+    finally:
+        # Also where somebody who was killed still uses it: what is in it is of no worth any more.
+        loops.unmount_all(made.directory)
+
+
+def _info(url: str, token: str) -> HostInfo:
+    answer = httpx2.get(f"{url}/v1/host", headers={"Authorization": f"Bearer {token}"}, timeout=10)
+    return HostInfo.model_validate_json(answer.raise_for_status().content)
+
+
+def _bake(client: Client, template: str, runtime: str) -> None:
+    deadline = time.monotonic() + _TRIED_TIMEOUT_S
+    while True:
+        try:
+            for _ in client.templates.bake(template, runtime):
+                pass
+            return
+        except RuntimeUnavailable as error:
+            # It is being tried, if it says when to ask again.
+            if error.retry_after_s is None or time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 def _clear(client: Client) -> None:

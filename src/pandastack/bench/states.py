@@ -6,68 +6,104 @@ import itertools
 import time
 from collections.abc import Sequence
 
-from pandastack.bench import bare, bare_states, server
-from pandastack.bench.benchmarks import Say
+from pandastack.bench import facts, server
 from pandastack.bench.figures import Row, quantity, timing
+from pandastack.bench.setting import Setting
 from pandastack.bench.workloads import Workload, ticking
 from pandastack.sdk.sandboxes import Sandbox
 
 MIB = 1 << 20
 PROMISED_STATE_MB = 50  # The size that promises are made for.
+LARGER_FREE_MB = 2048
 _NOT_DURABLE = "the bare tool leaves its files in the page cache; ours are on disk, with digests, before the call returns"
 
 
-def snapshot(template: str, sizes_mb: Sequence[int], samples: int | None, blanks: int, say: Say) -> list[Row]:
+def snapshot(setting: Setting, sizes_mb: Sequence[int], samples: int | None, blanks: int) -> list[Row]:
     """From the call until the state is durable; how long the sandbox stood still meanwhile; how many bytes it is."""
-    rows = []
-    with bare.work() as work, server.running(slots=0, blanks=blanks, template=template) as running:
-        by_hand = bare.bare(template)
+    rows: list[Row] = []
+    with setting.running(blanks=blanks) as running:
         for size_mb in sizes_mb:
-            workload, case = Workload(size_mb), f"{size_mb} MB"
-            n = workload.samples(samples)
-            say(f"snapshot {case}: filling memory")
-            with workload.sandbox(running, template) as sandbox, bare_states.holding(by_hand, work, workload) as held:
-                ours, theirs, stored = [], [], 0
-                for turn in range(n):
-                    say(f"snapshot {case}: {turn + 1} of {n}")
-                    took, stored = _snapshot(running, sandbox)
-                    ours.append(took)
-                    theirs.append(held.checkpoint())
-                rows.append(timing("snapshot", f"{case}: durable", "gvisor", ours, theirs, note=_NOT_DURABLE))
-                with ticking(sandbox) as ticker:
-                    pauses = []
-                    for turn in range(n):
-                        say(f"snapshot {case}: pause, {turn + 1} of {n}")
-                        ticker.longest_s()
-                        _snapshot(running, sandbox)
-                        pauses.append(ticker.longest_s())
-                    rows.append(timing("snapshot", f"{case}: pause", "gvisor", pauses, note=resolution(case, ticker.quiet_s)))
-                rows.append(quantity("snapshot", f"{case}: written", "gvisor", 1, stored / MIB, "MiB"))
+            rows += _snapshot_rows(setting, running, size_mb, samples)
+        if PROMISED_STATE_MB in sizes_mb:
+            rows += _in_larger_memory(setting, running, samples)
     return rows
 
 
-def wake(template: str, sizes_mb: Sequence[int], samples: int | None, blanks: int, say: Say) -> list[Row]:
+def _snapshot_rows(setting: Setting, running: server.Server, size_mb: int, samples: int | None) -> list[Row]:
+    runtime, workload, case = setting.runtime, Workload(size_mb), f"{size_mb} MB"
+    n = workload.samples(samples)
+    setting.say(f"snapshot {case}: filling memory")
+    with workload.sandbox(running, setting.template) as sandbox, setting.bare.holding(workload) as held:
+        ours, theirs, stored, paused = [], [], 0, []
+        for turn in range(n):
+            setting.say(f"snapshot {case}: {turn + 1} of {n}")
+            took, stored, pause = _snapshot(running, sandbox)
+            ours.append(took)
+            theirs.append(held.checkpoint())
+            paused += [pause] if pause is not None else []
+        rows = [timing("snapshot", f"{case}: durable", runtime, ours, theirs, note=_NOT_DURABLE)]
+        if paused:
+            rows.append(_stood_still(setting, case, paused, promised=size_mb == PROMISED_STATE_MB))
+        with ticking(sandbox) as ticker:
+            pauses = []
+            for turn in range(n):
+                setting.say(f"snapshot {case}: pause, {turn + 1} of {n}")
+                ticker.longest_s()
+                _snapshot(running, sandbox)
+                pauses.append(ticker.longest_s())
+            rows.append(timing("snapshot", f"{case}: pause", runtime, pauses, note=resolution(case, ticker.quiet_s)))
+        rows.append(quantity("snapshot", f"{case}: written", runtime, 1, stored / MIB, "MiB"))
+    return rows
+
+
+def _in_larger_memory(setting: Setting, running: server.Server, samples: int | None) -> list[Row]:
+    """The same state in a sandbox with more memory, where the runtime says how long it stood still."""
+    workload = Workload(PROMISED_STATE_MB, free_mb=LARGER_FREE_MB)
+    n = workload.samples(samples)
+    case = f"{PROMISED_STATE_MB} MB in {workload.memory_mb} MiB"
+    paused = []
+    setting.say(f"snapshot {case}: filling memory")
+    with workload.sandbox(running, setting.template) as sandbox:
+        for turn in range(n):
+            setting.say(f"snapshot {case}: {turn + 1} of {n}")
+            pause = _snapshot(running, sandbox)[2]
+            if pause is None:
+                return []
+            paused.append(pause)
+    return [_stood_still(setting, case, paused, promised=True)]
+
+
+def _stood_still(setting: Setting, case: str, paused: Sequence[facts.Pause], *, promised: bool) -> Row:
+    """What the runtime itself says, which is without stopping and continuing the guest's processes."""
+    median = sorted(paused, key=lambda pause: pause.total_ms)[(len(paused) - 1) // 2]
+    parts = ", ".join(f"{name} {ms:.1f}" for name, ms in median.parts_ms.items())
+    note = f"{case}: stood still: {parts} ms; {median.own_bytes / MIB:.0f} MiB were copied"
+    promise = setting.promise("snapshot", "stood still", if_=promised)
+    took = [pause.total_ms / 1000 for pause in paused]
+    return timing("snapshot", f"{case}: stood still", setting.runtime, took, promise=promise, note=note)
+
+
+def wake(setting: Setting, sizes_mb: Sequence[int], samples: int | None, blanks: int) -> list[Row]:
     """Hibernate, wake and the first command: the sum, and apart."""
-    rows = []
-    with bare.work() as work, server.running(slots=0, blanks=blanks, template=template) as running:
-        by_hand = bare.bare(template)
+    rows, runtime = [], setting.runtime
+    with setting.running(blanks=blanks) as running:
         for size_mb in sizes_mb:
             workload, case = Workload(size_mb), f"{size_mb} MB"
             n = workload.samples(samples)
-            say(f"wake {case}: filling memory")
-            with workload.sandbox(running, template) as sandbox, bare_states.holding(by_hand, work, workload) as held:
+            setting.say(f"wake {case}: filling memory")
+            with workload.sandbox(running, setting.template) as sandbox, setting.bare.holding(workload) as held:
                 turns, theirs = [], []
                 for turn in range(n):
-                    say(f"wake {case}: {turn + 1} of {n}")
+                    setting.say(f"wake {case}: {turn + 1} of {n}")
                     turns.append(_hibernate_and_wake(sandbox))
                     theirs.append(held.hibernate_and_wake())
-            promise = 1.0 if size_mb == PROMISED_STATE_MB else None
+            promise = setting.promise("wake", "all", if_=size_mb == PROMISED_STATE_MB)
             sums = [down + up + first for down, up, first in turns]
             rows += [
-                timing("wake", f"{case}: all", "gvisor", sums, [sum(one) for one in theirs], at_most=promise, note=_NOT_DURABLE),
-                timing("wake", f"{case}: hibernate", "gvisor", [down for down, _, _ in turns], [down for down, _ in theirs]),
-                timing("wake", f"{case}: wake and exec", "gvisor", [up + first for _, up, first in turns], [up for _, up in theirs]),
-                timing("wake", f"{case}: exec of it", "gvisor", [first for _, _, first in turns]),
+                timing("wake", f"{case}: all", runtime, sums, [sum(one) for one in theirs], promise=promise, note=_NOT_DURABLE),
+                timing("wake", f"{case}: hibernate", runtime, [down for down, _, _ in turns], [down for down, _ in theirs]),
+                timing("wake", f"{case}: wake and exec", runtime, [up + first for _, up, first in turns], [up for _, up in theirs]),
+                timing("wake", f"{case}: exec of it", runtime, [first for _, _, first in turns]),
             ]
     return rows
 
@@ -81,15 +117,16 @@ def stored_bytes(running: server.Server, sandbox: Sandbox) -> int:
     return _snapshot(running, sandbox)[1]
 
 
-def _snapshot(running: server.Server, sandbox: Sandbox) -> tuple[float, int]:
-    """The seconds it took, and its bytes. It is gone again, and the server has done with it, on return."""
+def _snapshot(running: server.Server, sandbox: Sandbox) -> tuple[float, int, facts.Pause | None]:
+    """The seconds it took, its bytes, and what its runtime says. It is gone again, and the server has done with it, on return."""
     began = time.perf_counter()
     snapshot_id = sandbox.snapshot()
     took = time.perf_counter() - began
     # The server restores it once by itself; that must not run beside the next measurement.
     kept = running.client.snapshots.wait_verified(snapshot_id)
+    pause = facts.pause(running, snapshot_id)
     running.client.snapshots.delete(snapshot_id)
-    return took, kept.size_bytes
+    return took, kept.size_bytes, pause
 
 
 def _hibernate_and_wake(sandbox: Sandbox) -> tuple[float, float, float]:

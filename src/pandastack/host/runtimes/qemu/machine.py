@@ -96,8 +96,9 @@ class QemuMachine:
             raise RuntimeFailed("QEMU did not start", detail=self._process.last_words() or error.fields.get("detail")) from error
         self._record(self._process)
 
-    def _record(self, process: Process) -> None:
-        record = {
+    def _record(self, process: Process, restore: _Laps | None = None) -> None:
+        """What `find_again` needs; and of a restore what it took, for whoever measures it."""
+        record: dict[str, Any] = {
             "pid": process.pid,
             "started": process.started,
             "boot_id": launch.boot_id(),
@@ -105,6 +106,8 @@ class QemuMachine:
             "running": self._running,
             "restored": self._base_fd is not None,
         }
+        if restore is not None:
+            record["restore_parts_ms"] = restore.ms
         written = self.spec.state / f"{RECORD}.new"
         written.write_text(json.dumps(record))
         written.replace(self.spec.state / RECORD)
@@ -201,6 +204,7 @@ class QemuMachine:
     def _restore(self, snapshot: Path) -> None:
         with self._lock, contextlib.ExitStack() as ours:
             process, qmp = ours.enter_context(self._speaking())
+            laps = _Laps()
             facts = self._facts(snapshot)
             devices_fd, memory_fd = (os.open(snapshot / name, os.O_RDONLY | os.O_CLOEXEC) for name in (DEVICES, MEMORY))
             ours.callback(os.close, devices_fd)
@@ -214,17 +218,20 @@ class QemuMachine:
                 qmp.call("blockdev-add", command.file_node("f1", 1))
                 node = {"driver": "raw", "node-name": command.DISK, "file": "f1", "discard": "unmap"}
                 qmp.call("blockdev-reopen", {"options": [node]})
+                laps.end("disk")
                 number = int(qmp.call("add-fd", {"fdset-id": 2}, fd=memory_fd)["fd"])
                 with mapping.in_its_name(process.pid) as call:
                     mapping.map_file(call, number, self._address, self.size.memory_bytes)
                     dirty.allow(call, process.pidfd, self._address, self.size.memory_bytes)
                 qmp.call("remove-fd", {"fdset-id": 2})
+                laps.end("memory")
                 qmp.call("getfd", {"fdname": "state"}, fd=devices_fd)
                 qmp.call("migrate-incoming", {"uri": "fd:state"})
                 ends = time.monotonic() + _LOAD_TIMEOUT_S
                 while (status := qmp.event("MIGRATION", until=ends)["data"]["status"]) != "completed":
                     if status == "failed":
                         raise RuntimeFailed("QEMU could not load the saved state")
+                laps.end("devices")
                 size = os.fstat(disk_fd).st_size
                 if size != facts["disk_bytes"]:
                     qmp.call("block_resize", {"node-name": command.DISK, "size": size})
@@ -235,7 +242,7 @@ class QemuMachine:
             self._running = True
             # What it had said to the host of its parent may still be under way.
             self._connected = True
-            self._record(process)
+            self._record(process, laps)
 
     def _facts(self, snapshot: Path) -> dict[str, Any]:
         """What a saved state says of itself, if this machine fits it."""

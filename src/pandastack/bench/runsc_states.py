@@ -14,17 +14,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pandastack.bench import bare
+from pandastack.bench import runsc_sandboxes
 from pandastack.bench.workloads import HOLDER, READY, READY_TIMEOUT_S, Workload
 from pandastack.errors import HostUnfit
 
 _TIMEOUT_S = 300.0  # A large state on a slow disk.
 
 
-class BareState:
-    """A bare sandbox that holds a state, and how to save, wake and copy it. Durations are seconds."""
+class RunscState:
+    """See `tool.BareState`."""
 
-    def __init__(self, by_hand: bare.Bare, work: Path, workload: Workload, name: str, bundle: Path, prefix: list[str]) -> None:
+    def __init__(self, by_hand: runsc_sandboxes.Bare, work: Path, workload: Workload, name: str, bundle: Path, prefix: list[str]) -> None:
         self._by_hand = by_hand
         self._work = work
         self._workload = workload
@@ -53,7 +53,7 @@ class BareState:
         with self._image() as image:
             down = self._save(image)
             began = time.perf_counter()
-            bare.delete(self._name, self._prefix)
+            runsc_sandboxes.delete(self._name, self._prefix)
             down += time.perf_counter() - began
             up = self._restore(image, self._name, self._bundle, self._prefix)
             return down, up + self._by_hand.exec_true(self._name, self._prefix)
@@ -70,28 +70,28 @@ class BareState:
     def _save(self, image: Path, *words: str) -> float:
         command = [*self._prefix, "checkpoint", f"--image-path={image}", *words, *_uncompressed(self._by_hand.runsc), self._name]
         began = time.perf_counter()
-        bare.call(command, timeout_s=_TIMEOUT_S)
+        runsc_sandboxes.call(command, timeout_s=_TIMEOUT_S)
         return time.perf_counter() - began
 
     def _restore(self, image: Path, name: str, bundle: Path, prefix: list[str]) -> float:
         began = time.perf_counter()
         # With a bundle it makes the sandbox by itself; without one there would have to be a `create` before.
         command = [*prefix, "restore", "--detach", f"--image-path={image}", "--bundle", str(bundle), name]
-        bare.call(command, timeout_s=_TIMEOUT_S)
+        runsc_sandboxes.call(command, timeout_s=_TIMEOUT_S)
         return time.perf_counter() - began
 
 
 @contextlib.contextmanager
-def holding(by_hand: bare.Bare, work: Path, workload: Workload) -> Iterator[BareState]:
+def holding(by_hand: runsc_sandboxes.Bare, work: Path, workload: Workload) -> Iterator[RunscState]:
     """A bare sandbox whose first process holds the state."""
     with by_hand.prepared(work, _program(workload), workload.limits(by_hand.spec.limits)) as (name, bundle, prefix):
-        bare.call([*prefix, "run", "--detach", "--bundle", str(bundle), name])
+        runsc_sandboxes.call([*prefix, "run", "--detach", "--bundle", str(bundle), name])
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not _there(prefix, name):
             if time.monotonic() > deadline:
                 raise HostUnfit("the bare sandbox did not fill its memory in time")
             time.sleep(0.1)
-        yield BareState(by_hand, work, workload, name, bundle, prefix)
+        yield RunscState(by_hand, work, workload, name, bundle, prefix)
 
 
 def _program(workload: Workload) -> list[str]:
@@ -100,7 +100,7 @@ def _program(workload: Workload) -> list[str]:
 
 def _there(prefix: list[str], name: str) -> bool:
     try:
-        bare.call([*prefix, "exec", name, "/usr/bin/test", "-e", READY])
+        runsc_sandboxes.call([*prefix, "exec", name, "/usr/bin/test", "-e", READY])
     except HostUnfit:
         return False
     return True

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pandastack.bench.image import image_of
 from pandastack.errors import HostUnfit
 from pandastack.host import app as host_app
 from pandastack.host import fetch_runsc
@@ -29,7 +30,6 @@ from pandastack.host.runtimes.base import Limits, MachineId, MachineSpec
 from pandastack.host.runtimes.gvisor import command
 from pandastack.host.settings import HostSettings
 from pandastack.host.storage.disks import Disks
-from pandastack.host.storage.images import Images
 
 _TIMEOUT_S = 60.0
 _GROUP = "pandastack-bench"
@@ -101,10 +101,9 @@ def bare(template: str) -> Bare:
     """The bare tool for a template that is ready. Raises HostUnfit where runsc or the image is missing."""
     settings = HostSettings()
     found = fetch_runsc.candidates(settings.runsc, settings.cache_dir / "runsc")
-    folders = [host_app.shipped_templates(), *([settings.templates_dir] if settings.templates_dir else [])]
-    image = Images(settings.cache_dir / "images", folders).cached(template)
-    if not found or image is None:
-        raise HostUnfit("there is no runsc or no image to compare with", hint=f"run `pandastack template bake {template}` first")
+    if not found:
+        raise HostUnfit("there is no runsc to compare with", hint="run `pandastack setup` first")
+    image = image_of(template, settings)
     guest, _ = host_app.guest_directory(settings.cache_dir / "guest")
     spec = MachineSpec(
         id=MachineId("bare"), rootfs=image.rootfs, guest=guest, disk=Path("/"), state=Path("/"), limits=default_limits(image, image.rootfs)

@@ -1,0 +1,32 @@
+"""What each benchmark is handed: which runtime is measured, where its servers live, and what they are compared with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pandastack.bench.promises import Promise, promise
+from pandastack.bench.server import Place, Server
+from pandastack.bench.tool import BareTool
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    runtime: str
+    template: str
+    place: Place
+    bare: BareTool
+    say: Say
+
+    @contextlib.contextmanager
+    def running(self, *, slots: int = 0, blanks: int = 0) -> Iterator[Server]:
+        """A server with the template ready, and the bare tool with it."""
+        with self.place.running(slots=slots, blanks=blanks, template=self.template) as server:
+            self.bare.find(server.acceleration)
+            yield server
+
+    def promise(self, benchmark: str, of: str, *, if_: bool = True) -> Promise | None:
+        return promise(self.runtime, benchmark, of) if if_ else None
