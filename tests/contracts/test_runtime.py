@@ -1047,6 +1047,12 @@ class TestMicrovm:
             await _turned(guest, 2)
             assert [one.running for one in await guest.list_processes() if one.id == "counting"] == [True]
 
+    async def test_a_restored_machine_says_what_its_restore_took(self, bench: Bench) -> None:
+        async with bench.started() as (machine, _):
+            record = json.loads((machine.spec.state / "machine.json").read_text())
+            assert record["restore_parts_ms"].keys() == {"disk", "memory", "devices"}
+            assert all(0 < ms < 2000 * PATIENCE for ms in record["restore_parts_ms"].values()), record
+
     async def test_a_machine_goes_on_when_it_could_not_be_saved(self, bench: Bench) -> None:
         into = _made(bench.root / "saved")
         (into / "disk").touch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -136,6 +137,31 @@ def test_bench_saves_wakes_and_copies(cli: Run, tmp_path: Path) -> None:
     assert rows["snapshot", "0 MB: durable"]["note"]
 
 
+@pytest.mark.timeout(600)
+def test_bench_measures_microvms_against_qemu_by_hand(cli: Run, tmp_path: Path) -> None:
+    if os.geteuid() != 0 or shutil.which("qemu-system-x86_64") is None or shutil.which("mkfs.xfs") is None:
+        pytest.skip("microVMs need root, qemu-system-x86 and xfsprogs")
+    folders = set(Path("/var/tmp").glob("pandastack-ba*")) | set(Path("/var/tmp").glob("pandastack-bench*"))
+    words = ("restore", "create", "fork", "--runtime", "qemu", "--state-mb", "0", "--children", "1", "-n", "2")
+    done = cli("bench", *words, "--slots", "1", "--blanks", "1", "--json", "rows.json", timeout=580)
+    assert done.returncode == 0, done.stderr
+    rows = {(row["benchmark"], row["case"]): row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert {row["runtime"] for row in rows.values()} == {"qemu"}
+    for key in (("create", "with slots"), ("create", "blank machines"), ("fork", "0 MB, 1 child: answers")):
+        assert rows[key]["bare_p50_ms"] > 0
+        assert rows[key]["ratio_p50"] == pytest.approx(rows[key]["p50_ms"] / rows[key]["bare_p50_ms"], abs=0.01)
+    assert rows["create", "blank machines"]["target"] == "ratio <= 1.25"
+    parts = [rows["restore", part]["p50_ms"] for part in ("disk cloned and given", "memory mapped", "device state")]
+    assert all(ms > 0 for ms in parts)
+    assert 1 < rows["restore", "memory written until the first result"]["value"] < 256
+    estimate = rows.get(("restore", "create to first result with KVM (estimate, not measured)"))
+    if estimate is not None:  # Where there is KVM it is measured.
+        assert estimate["value"] > sum(parts)
+    assert rows["fork", "0 MB, 1 child: memory of each: own"]["value"] > 4
+    assert folders == set(Path("/var/tmp").glob("pandastack-ba*")) | set(Path("/var/tmp").glob("pandastack-bench*"))
+    assert "pandastack-b" not in Path("/proc/self/mountinfo").read_text()
+
+
 def test_bench_refuses_sizes_that_are_none(cli: Run) -> None:
-    for words in (("--state-mb", "large"), ("--children", "0"), ("--children", "1,17")):
+    for words in (("--state-mb", "large"), ("--children", "0"), ("--children", "1,17"), ("--runtime", "none")):
         assert cli("bench", "fork", *words).returncode == 2

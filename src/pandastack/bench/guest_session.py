@@ -62,8 +62,9 @@ class GuestSession:
             raise HostUnfit(f"{argv[0]} did not start in the bare machine")
 
     def ping(self) -> None:
-        """A round trip that starts no program."""
-        self._call("machine.health", {})
+        """The shortest round trip: a call that the daemon does not know, and refuses."""
+        if self._call("bench.ping", {}).kind != Kind.ERROR:
+            raise HostUnfit("the daemon in the bare machine knows a call that there is not")
 
     def _call(self, method: str, params: dict[str, Any]) -> Frame:
         """The frame that ends the call."""

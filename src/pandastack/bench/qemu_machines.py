@@ -134,8 +134,10 @@ class Monitor:
             self._events.append(answer)
         return answer["return"]
 
-    def migrated(self) -> None:
-        """Wait until a state was loaded or saved. Raises HostUnfit where it was not."""
+    def migrate(self, name: str, uri: str) -> None:
+        """Load or save a state, to the end. Raises HostUnfit where that failed."""
+        self._events.clear()  # One that was restored has had the events of that.
+        self.do(name, uri=uri)
         while True:
             while self._events:
                 event = self._events.pop(0)
@@ -199,15 +201,13 @@ class Machine:
         """Bring one that waits, with its memory mapped, to the state of its devices."""
         with devices.open("rb") as file:
             self.monitor.do("getfd", fd=file.fileno(), fdname="state")
-            self.monitor.do("migrate-incoming", uri="fd:state")
-            self.monitor.migrated()
+            self.monitor.migrate("migrate-incoming", "fd:state")
 
     def save(self, file: Path) -> None:
         """Stop it, and save memory and devices into one stream, as QEMU's own pages tell it."""
         self.monitor.do("stop")
         self.monitor.do("migrate-set-parameters", **{"max-bandwidth": _FAST})
-        self.monitor.do("migrate", uri=f"exec:cat >{file}")
-        self.monitor.migrated()
+        self.monitor.migrate("migrate", f"exec:cat >{file}")
 
     def booted(self) -> bool:
         """Wait for the guest daemon; whether it came."""
