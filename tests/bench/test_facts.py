@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +41,6 @@ def test_a_saved_state_says_how_long_its_machine_stood_still(server: Server) -> 
     assert facts.pause(server, "s1") == facts.Pause(18.5, {"stop": 1.5, "copy": 17}, 54 << 20)
     (server.root / "snapshots/s2").mkdir()
     assert facts.pause(server, "s2") is None
-
-
-def test_a_saved_state_takes_what_it_does_not_share(server: Server) -> None:
-    folder = server.root / "snapshots/s1"
-    folder.mkdir(parents=True)
-    (folder / "mem").write_bytes(b"x" * (1 << 20))
-    (folder / "holes").touch()
-    os.truncate(folder / "holes", 1 << 30)
-    assert 1 << 20 <= facts.stored_bytes(server, "s1") < 2 << 20
 
 
 def test_the_restore_is_that_of_the_process(server: Server) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from pandastack.bench.server import Server
 from pandastack.errors import HostUnfit
-from pandastack.host.storage import space
 
 PAGE_BYTES = 4096
 
@@ -33,11 +32,6 @@ def pause(server: Server, snapshot_id: str) -> Pause | None:
         facts = json.loads(file.read_text())
         return Pause(facts["pause_ms"], facts["pause_parts_ms"], facts["own_bytes"])
     return None
-
-
-def stored_bytes(server: Server, snapshot_id: str) -> int:
-    """What a saved state takes on disk, without what it shares with the state that its sandbox was made from."""
-    return space.of(*(file for file in (server.root / "snapshots" / snapshot_id).iterdir() if file.is_file())).own_bytes
 
 
 def restore_parts_ms(server: Server, pid: int) -> Mapping[str, float]:
