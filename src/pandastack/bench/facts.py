@@ -19,18 +19,19 @@ PAGE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Pause:
-    """Milliseconds, and what of them was what; the memory that had to be copied in them."""
+    """Milliseconds, and what of them was what; the memory that was copied before and in them."""
 
     total_ms: float
     parts_ms: Mapping[str, float]
-    own_bytes: int
+    ahead_bytes: int
+    rest_bytes: int
 
 
 def pause(server: Server, snapshot_id: str) -> Pause | None:
     """How long the machine stood still for a snapshot. None where its runtime does not say."""
     for file in (server.root / "snapshots" / snapshot_id).rglob("machine.json"):
         facts = json.loads(file.read_text())
-        return Pause(facts["pause_ms"], facts["pause_parts_ms"], facts["own_bytes"])
+        return Pause(facts["pause_ms"], facts["pause_parts_ms"], facts["ahead_bytes"], facts["rest_bytes"])
     return None
 
 

@@ -74,10 +74,10 @@ def _in_larger_memory(setting: Setting, running: server.Server, samples: int | N
 
 
 def _stood_still(setting: Setting, case: str, paused: Sequence[facts.Pause], *, promised: bool) -> Row:
-    """What the runtime itself says, which is without stopping and continuing the guest's processes."""
+    """What the runtime itself says: from the stop of the guest's processes until they go on."""
     median = sorted(paused, key=lambda pause: pause.total_ms)[(len(paused) - 1) // 2]
     parts = ", ".join(f"{name} {ms:.1f}" for name, ms in median.parts_ms.items())
-    note = f"{case}: stood still: {parts} ms; {median.own_bytes / MIB:.0f} MiB were copied"
+    note = f"{case}: stood still: {parts} ms; {median.rest_bytes / MIB:.1f} MiB were copied in it, {median.ahead_bytes / MIB:.0f} before"
     promise = setting.promise("snapshot", "stood still", if_=promised)
     took = [pause.total_ms / 1000 for pause in paused]
     return timing("snapshot", f"{case}: stood still", setting.runtime, took, promise=promise, note=note)
