@@ -202,6 +202,17 @@ async def test_what_could_not_be_given_back_is_before_the_next_restore(world: Wo
     assert len(world.runtime.machines) == 1
 
 
+async def test_a_delete_does_not_wait_for_a_calm_moment(world: World, host: HostService) -> None:
+    """What a hibernated sandbox had is given back when nobody waits for anything, but at once where it is deleted."""
+    box = await alive(host, "hibernate")
+    with host.sandboxes.registry.backends.refills.paused():
+        await host.hibernate(box, reason="request")
+        await asyncio.sleep(0.05)
+        assert len(world.runtime.machines) == 1
+        await asyncio.wait_for(host.delete(box), 0.4)
+        assert world.runtime.machines == {}
+
+
 @pytest.mark.parametrize(("verb", "step"), HANGS)
 async def test_deleted_in_a_step_that_hangs_it_leaves_nothing(world: World, host: HostService, verb: str, step: str) -> None:
     box = await alive(host, verb)

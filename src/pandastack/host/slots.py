@@ -54,14 +54,18 @@ class Refills:
     async def turn(self) -> AsyncIterator[None]:
         """The block may refill. It waits for as long as it takes, and can be cancelled freely."""
         async with self._turn:
-            while True:
-                if self._waited_for:
-                    await self._calm.wait()
-                elif (rest_s := self._rest_until - time.monotonic()) > 0:
-                    await asyncio.sleep(rest_s)
-                else:
-                    break
+            await self.calm()
             yield
+
+    async def calm(self) -> None:
+        """Wait until nothing was made for anybody for a moment, however long that takes. Cancel it freely."""
+        while True:
+            if self._waited_for:
+                await self._calm.wait()
+            elif (rest_s := self._rest_until - time.monotonic()) > 0:
+                await asyncio.sleep(rest_s)
+            else:
+                return
 
 
 class Slots(Generic[Key, Slot]):

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ from pandastack.wire.ids import SandboxId, SnapshotId, new_snapshot_id
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+_LET_GO_AFTER_S = 0.5  # At the latest.
 STILL_TIMEOUT_S = 30.0  # For stopping every process, beside the hook's time.
 
 
@@ -48,6 +49,7 @@ class States:
         self.snapshots = snapshots
         self._jobs: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._returns: dict[asyncio.Task[None], str] = {}
+        self._patient: dict[asyncio.Timeout, str] = {}  # Those of them that wait for a calm moment.
 
     # Jobs
 
@@ -81,10 +83,17 @@ class States:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._hurry([patience for patience, of in self._patient.items() if of == name])
         await asyncio.gather(*(task for task, of in self._returns.items() if of == name), return_exceptions=True)
+
+    def _hurry(self, patient: Iterable[asyncio.Timeout]) -> None:
+        for patience in patient:
+            if not patience.expired():
+                patience.reschedule(0)
 
     async def close(self, patience_s: float) -> None:
         """Let what is under way finish, for so long; undo the rest."""
+        self._hurry(self._patient)
         tasks = [*self._jobs.values(), *self._returns]
         if tasks:
             await asyncio.wait(tasks, timeout=patience_s)
@@ -258,32 +267,43 @@ class States:
 
     async def _hibernate(self, sandbox: Sandbox, reason: str, idle_for_s: float | None) -> None:
         async with sandbox.lock:
-            if sandbox.status == "hibernated":
-                return
-            if idle_for_s is not None and not sandbox.idle_for(idle_for_s):
-                raise Conflict("the sandbox is not idle")
-            snapshot_id = new_snapshot_id()
-            async with self.snapshots.writing(snapshot_id) as folder, self.still(sandbox, "hibernate") as machine:
-                try:
-                    # It goes on after the copy was taken, though nothing inside moves: until the copy is durable there is a way back.
-                    await machine.snapshot(folder, resume=True)
-                    saved = await self.snapshots.publish(snapshot_id, "hibernation", self.origin(sandbox))
-                    if sandbox.status not in ("running", "paused") or not self.registry.has(sandbox):
-                        raise not_running(sandbox, sandbox.entry.reason)
-                    changes = {"state": "hibernated", "snapshot": snapshot_id, "reason": reason, "paused": False}
-                    entry = sandbox.entry.model_copy(update=changes)
-                    self.registry.ledger.write(entry, durable=True)
-                except BaseException:
-                    await asyncio.shield(self.snapshots.delete(snapshot_id))
-                    raise
-                sandbox.entry, sandbox.status, sandbox.stored_bytes = entry, "hibernated", saved.size_bytes
-            sandbox.frozen = sandbox.working = sandbox.strays = False
-            left = self.registry.part(sandbox)
-            self.later(sandbox.id, self._let_go(sandbox, left))
-            self.registry.tell("hibernated", sandbox.id, reason)
+            with self.registry.backends.refills.paused():
+                await self._put_to_sleep(sandbox, reason, idle_for_s)
+
+    async def _put_to_sleep(self, sandbox: Sandbox, reason: str, idle_for_s: float | None) -> None:
+        if sandbox.status == "hibernated":
+            return
+        if idle_for_s is not None and not sandbox.idle_for(idle_for_s):
+            raise Conflict("the sandbox is not idle")
+        snapshot_id = new_snapshot_id()
+        async with self.snapshots.writing(snapshot_id) as folder, self.still(sandbox, "hibernate") as machine:
+            try:
+                # It goes on after the copy was taken, though nothing inside moves: until the copy is durable there is a way back.
+                await machine.snapshot(folder, resume=True)
+                saved = await self.snapshots.publish(snapshot_id, "hibernation", self.origin(sandbox))
+                if sandbox.status not in ("running", "paused") or not self.registry.has(sandbox):
+                    raise not_running(sandbox, sandbox.entry.reason)
+                changes = {"state": "hibernated", "snapshot": snapshot_id, "reason": reason, "paused": False}
+                entry = sandbox.entry.model_copy(update=changes)
+                self.registry.ledger.write(entry, durable=True)
+            except BaseException:
+                await asyncio.shield(self.snapshots.delete(snapshot_id))
+                raise
+            sandbox.entry, sandbox.status, sandbox.stored_bytes = entry, "hibernated", saved.size_bytes
+        sandbox.frozen = sandbox.working = sandbox.strays = False
+        left = self.registry.part(sandbox)
+        self.later(sandbox.id, self._let_go(sandbox, left))
+        self.registry.tell("hibernated", sandbox.id, reason)
 
     async def _let_go(self, sandbox: Sandbox, left: Ready) -> None:
-        """Give back what a hibernated sandbox had, in a moment in which nobody waits for it."""
+        """Give back what a hibernated sandbox had, in a moment in which nobody waits for anything; but soon, for its memory is missed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LET_GO_AFTER_S) as patience:
+                self._patient[patience] = sandbox.id
+                try:
+                    await self.registry.backends.refills.calm()
+                finally:
+                    del self._patient[patience]
         try:
             await self.registry.machines(sandbox).discard_ready(left)
         except (PandastackError, OSError) as error:
