@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,11 +105,9 @@ class _Fork:
             return []
         times = percentile(lasts[8], 0.5) / percentile(lasts[1], 0.5)
         promise = self._setting.promise("fork", "all of 8 by one", if_=self._size_mb == PROMISED_STATE_MB)
-        return [
-            quantity(
-                "fork", f"{self._case(8)}: all answer, by one child", self._setting.runtime, len(lasts[8]), times, "x", promise=promise
-            )
-        ]
+        case, runtime = f"{self._case(8)}: all answer, by one child", self._setting.runtime
+        note = f"by one child: how many times as long as one; {os.cpu_count()} cores do the work of the eight guests"
+        return [quantity("fork", case, runtime, len(lasts[8]), times, "x", promise=promise, note=note)]
 
     def _pauses(self, n: int) -> list[Row]:
         """Apart from the times: a process that ticks runs on in every child, and takes CPU from it."""

@@ -30,6 +30,8 @@ _PROMISES: dict[tuple[str, str, str], Promise] = {
     ("gvisor", "create", "with slots"): Promise("ratio", 0.5),
     ("gvisor", "create", "without slots"): Promise("ratio", 1.0),
     ("gvisor", "exec", "/bin/true"): Promise("ratio", 0.6),
+    ("gvisor", "files", "upload"): Promise("ratio", 1 / 0.3),
+    ("gvisor", "files", "download"): Promise("ratio", 1 / 0.3),
     ("gvisor", "idle", "memory"): Promise("value", 30),
     ("gvisor", "idle", "CPU"): Promise("value", 0.1),
     ("gvisor", "burst", "rate with slots"): Promise("value", 20, at_least=True),
@@ -47,8 +49,6 @@ _PROMISES: dict[tuple[str, str, str], Promise] = {
 _ALWAYS: dict[tuple[str, str], Promise] = {
     ("exec", "errors in parallel"): Promise("value", 0),
     ("burst", "failed"): Promise("value", 0),
-    ("files", "upload"): Promise("ratio", 1 / 0.3),
-    ("files", "download"): Promise("ratio", 1 / 0.3),
     ("files", "server memory growth"): Promise("value", 64),
     ("files", "output lost"): Promise("value", 0),
     ("files", "server memory growth for output"): Promise("value", 32),

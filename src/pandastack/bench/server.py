@@ -24,7 +24,7 @@ from pandastack.wire.host import HostInfo
 
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 60.0
-_SLOTS_TIMEOUT_S = 60.0
+_SLOTS_TIMEOUT_S = 180.0
 _TRIED_TIMEOUT_S = 300.0  # A runtime is tried while the server runs already; the first time it fetches a kernel.
 _MOST_POOL_BYTES = 64 << 30  # Of a sparse file.
 
