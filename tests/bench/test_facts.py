@@ -37,10 +37,11 @@ def _write(file: Path, **content: Any) -> None:
 
 
 def test_a_saved_state_says_how_long_its_machine_stood_still(server: Server) -> None:
-    _write(
-        server.root / "snapshots/s1/machine.json", pause_ms=18.5, pause_parts_ms={"stop": 1.5, "memory": 17}, ahead_bytes=9, rest_bytes=3
-    )
-    assert facts.pause(server, "s1") == facts.Pause(18.5, {"stop": 1.5, "memory": 17}, 9, 3)
+    parts = {"hold": 20.0, "stop": 1.5, "memory": 17.0, "let go": 5.0}
+    _write(server.root / "snapshots/s1/machine.json", pause_ms=43.5, pause_parts_ms=parts, ahead_bytes=9, rest_bytes=3)
+    pause = facts.pause(server, "s1")
+    assert pause == facts.Pause(43.5, parts, 9, 3)
+    assert pause.machine_ms == 18.5
     (server.root / "snapshots/s2").mkdir()
     assert facts.pause(server, "s2") is None
 

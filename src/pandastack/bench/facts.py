@@ -15,6 +15,7 @@ from pandastack.bench.server import Server
 from pandastack.errors import HostUnfit
 
 PAGE_BYTES = 4096
+_OF_THE_GUEST = ("hold", "let go")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Pause:
     parts_ms: Mapping[str, float]
     ahead_bytes: int
     rest_bytes: int
+
+    @property
+    def machine_ms(self) -> float:
+        """Without stopping and continuing the guest's processes, which is the guest's work."""
+        return sum(ms for name, ms in self.parts_ms.items() if name not in _OF_THE_GUEST)
 
 
 def pause(server: Server, snapshot_id: str) -> Pause | None:
