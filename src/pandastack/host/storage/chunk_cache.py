@@ -74,6 +74,12 @@ class ChunkCache:
             self._path(digest).unlink()
             count.write(max(0, count.read() - size))
 
+    def on_one_disk_with(self, folder: Path | None) -> bool:
+        try:
+            return folder is not None and folder.stat().st_dev == self.root.stat().st_dev
+        except OSError:
+            return False
+
     @contextlib.contextmanager
     def fetching(self, digest: str, timeout_s: float) -> Iterator[None]:
         """While the block runs no other process fetches that chunk; after `timeout_s` in vain this one does all the same."""

@@ -122,6 +122,8 @@ class Chunks:
         self.cache = cache
         self.fetched = 0
         """How many came from the store in the life of this object."""
+        # On one disk with the store, a copy of a chunk would be as far away as the chunk, and take its place twice.
+        self._caching = not cache.on_one_disk_with(objects.folder)
         self._timeout_s = timeout_s
         self._most = memory_bytes // CHUNK_BYTES
         self._recent: OrderedDict[str, bytes] = OrderedDict()
@@ -151,7 +153,7 @@ class Chunks:
         return [self._ahead.submit(self._prefetched, digest) for digest in digests]
 
     def _prefetched(self, digest: str) -> bool:
-        if not self.cache.has(digest):
+        if self._caching and not self.cache.has(digest):
             try:
                 self._had(digest)
             except ChunkLost:
@@ -198,7 +200,8 @@ class Chunks:
             for _ in range(2):
                 data = self._from_store(digest)
                 if digest_of(data) == digest:
-                    self.cache.put(digest, data)
+                    if self._caching:
+                        self.cache.put(digest, data)
                     return data
             raise ChunkLost(digest, "damaged")
 

@@ -39,6 +39,8 @@ START_TIMEOUT_S = 20.0
 ANSWER_TIMEOUT_S = 10.0
 LOOK_EVERY_S = 1.0
 STOPPED = "server"
+HURRY = b"hurry "
+"""Before the digest of a file: it is about to be opened. The program has its own dependencies, and is not imported here."""
 _READ_BYTES = 1 << 20  # The most that the kernel asks for at once.
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _MAX_MESSAGE = 1 << 16
@@ -51,10 +53,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """`failures` is by file and user: `missing`, `damaged`, or why the store did not give it. `fetched` counts requests for chunks."""
+    """`failures` is by file and user: `missing`, `damaged`, or why the store did not give it; `failed` counts them.
+
+    `fetched` counts the chunks that came from the store, `opened` the files that are open.
+    """
 
     pid: int = 0
     failures: dict[tuple[str, int], str] = field(default_factory=dict)
+    failed: int = 0
     fetched: int = 0
     opened: int = 0
 
@@ -79,7 +85,8 @@ class _Server:
             raise ConnectionResetError("the server of lazy memory has ended")
         data = json.loads(answer)
         failures = {(str(digest), int(user)): str(why) for digest, user, why in data["failures"]}
-        return Status(pid=int(data["pid"]), failures=failures, fetched=int(data["fetched"]), opened=int(data["open"]))
+        numbers = {name: int(data[name]) for name in ("pid", "failed", "fetched", "opened")}
+        return Status(failures=failures, **numbers)
 
     def clear(self) -> None:
         """End it and remove what it has, whether it lives or not. Whoever maps a file of it gets SIGBUS from now on."""
@@ -119,7 +126,10 @@ class LazyMemory:
         async with self._starting:
             if self._server is None:
                 self._server = await self._start()
-            return self._server.mount / index.digest
+            server = self._server
+        with contextlib.suppress(OSError):  # `run` finds out.
+            await asyncio.to_thread(server.ask, HURRY + index.digest.encode())
+        return server.mount / index.digest
 
     def _keep(self, index: Index) -> None:
         self._indexes.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -152,6 +162,14 @@ class LazyMemory:
             return STOPPED
         return status.failures.get((file.name, user))
 
+    async def failure(self, index: Index) -> str | None:
+        """Why some machine could not read of that file, in words of `why`. None while all is well, or nobody knows."""
+        try:
+            failures = (await self.status()).failures
+        except OSError:
+            return STOPPED
+        return next((why for (digest, _), why in failures.items() if digest == index.digest), None)
+
     async def status(self) -> Status:
         """Zeros where no server runs. Raises OSError."""
         server = self._server
@@ -174,7 +192,9 @@ class LazyMemory:
                 server.clear()
 
     async def run(self, lost: Callable[[], Awaitable[None]]) -> None:
-        """Look after the server until cancelled. `lost` is called, again and again, while something failed: ask `why` of each machine."""
+        """Look after the server until cancelled. `lost` is called at the start, and when something failed: ask `why` of each machine."""
+        failed = 0
+        await lost()
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             server = self._server
@@ -186,8 +206,10 @@ class LazyMemory:
                 log.error("the server of lazy memory is gone", error=str(error))
                 await self._lose(server)
                 await lost()
+                failed = 0
                 continue
-            if status.failures:
+            if status.failed != failed:
+                failed = status.failed
                 await lost()
 
     async def _lose(self, server: _Server) -> None:
@@ -200,6 +222,7 @@ class LazyMemory:
         """Let go of the server, for a later life of this daemon where machines need it; else end it."""
         server, self._server = self._server, None
         if server is None:
+            self._remove_root()
             return
         if needed:
             if server.pidfd is not None:
@@ -208,6 +231,9 @@ class LazyMemory:
                 server.child.returncode = 0  # It lives on, and is no child to be warned about.
             return
         server.clear()
+        self._remove_root()
+
+    def _remove_root(self) -> None:
         with contextlib.suppress(OSError):
             self._root.rmdir()
 
@@ -259,8 +285,8 @@ class LazyMemory:
         confined = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", "--"]
         limited = ["prlimit", f"--fsize={_LOG_BYTES}", "--core=0", "--"]
         program = [sys.executable, "-m", "pandastack.host.storage.lazy_server", "--fuse", str(fuse), "--listener", str(listener)]
-        places = ["--indexes", str(self._indexes), "--cache", str(self._cache), "--cache-mb", str(self._cache_mb), "--objects", self._objects]
-        return [*limited, *confined, *program, *places]
+        cache = ["--cache", str(self._cache), "--cache-mb", str(self._cache_mb)]
+        return [*limited, *confined, *program, *cache, "--indexes", str(self._indexes), "--objects", self._objects]
 
     def _await(self, server: _Server) -> None:
         """Until it answers, and its file system too."""

@@ -1,9 +1,9 @@
 """The program that shows saved memory as files before it is here: a read-only file system whose files are indexes of chunks.
 
 A process of its own, one per host, started and watched by `lazy`: never the one that maps the files, which would wait for itself.
-It holds the FUSE connection that it was given and a control socket, and has no capability. `/<digest>` is the file that the index of
-that digest describes; the index is read from a folder, and proved. Reading fetches chunks; one that cannot be had is EIO for the reader, and
-is remembered under the reader's user, because each machine is a user of its own.
+It holds the FUSE connection that it was given and a control socket, and has no capability. `/<digest>` is the file that the
+index of that digest describes; the index is read from a folder, and proved. Reading fetches chunks; one that cannot be had is EIO
+for the reader, and is remembered under the reader's user, because each machine is a user of its own.
 
 The first reader of a file is watched for a while: the order in which it needs chunks is written beside the index and into
 the object store, and whoever opens the file next has them fetched side by side, in that order.
@@ -33,13 +33,14 @@ from pandastack.host.storage import chunks
 from pandastack.host.storage.chunk_cache import ChunkCache
 from pandastack.host.storage.chunks import CHUNK_BYTES, ChunkLost, Chunks, Index
 from pandastack.host.storage.depot import ORDERS
+from pandastack.host.storage.lazy import HURRY
 from pandastack.host.storage.objects import Missing, Objects
 
 _MEMORY_BYTES = 64 << 20  # The kernel reads a chunk in four parts, and proving it takes all of it.
 _FOREVER_S = 86400.0  # The content of a file never changes: it is its name.
 _WATCHED_S, _QUIET_S = 30.0, 3.0
 _MOST_ORDER_BYTES = 1 << 20
-_AHEAD = 4
+_AHEAD, _IN_A_ROW = 4, 3  # Who read so many chunks in a row will want so many more.
 _MAX_MESSAGE = 65536
 _MOST_FAILURES = 400
 
@@ -51,6 +52,7 @@ class _File:
         self.index = index
         self.opened = 0
         self.touched: dict[int, None] = {}
+        self.latest, self.in_a_row = -1, 0
         self.first = self.last = time.monotonic()
         self.watched = False
         self.order: list[int] | None = None
@@ -65,7 +67,8 @@ class Files(mfusepy.Operations):  # type: ignore[misc]
         self._files: dict[str, _File] = {}
         self._lock = threading.Lock()
         self._since = time.time_ns()
-        self.failures: dict[tuple[str, int], str] = {}
+        self._failures: dict[tuple[str, int], str] = {}
+        self._failed = 0
 
     # What the kernel asks for
 
@@ -74,7 +77,8 @@ class Files(mfusepy.Operations):  # type: ignore[misc]
         if path == "/":
             return {"st_mode": stat.S_IFDIR | 0o555, "st_nlink": 2, **times}
         index = self._file(path).index
-        return {"st_mode": stat.S_IFREG | 0o444, "st_nlink": 1, "st_size": index.size, "st_blocks": len(index.stored) * (CHUNK_BYTES >> 9), **times}
+        blocks = len(index.stored) * (CHUNK_BYTES >> 9)
+        return {"st_mode": stat.S_IFREG | 0o444, "st_nlink": 1, "st_size": index.size, "st_blocks": blocks, **times}
 
     def open(self, path: str, flags: int) -> int:
         if flags & os.O_ACCMODE != os.O_RDONLY:
@@ -82,7 +86,7 @@ class Files(mfusepy.Operations):  # type: ignore[misc]
         file = self._file(path)
         with self._lock:
             file.opened += 1
-        threading.Thread(target=self._hurry, args=(file,), name="prefetch", daemon=True).start()
+        self._hurry_in_thread(file)
         return 0
 
     def release(self, path: str, fh: int) -> int:
@@ -116,8 +120,9 @@ class Files(mfusepy.Operations):  # type: ignore[misc]
             # The host reads too, for a copy: it sees the error itself, and no machine has missed anything.
             if user != 0:
                 with self._lock:
-                    if len(self.failures) < _MOST_FAILURES:
-                        self.failures.setdefault((file.index.digest, user), lost.why)
+                    self._failed += 1
+                    if len(self._failures) < _MOST_FAILURES:
+                        self._failures.setdefault((file.index.digest, user), lost.why)
             raise mfusepy.FuseOSError(errno.EIO) from lost
 
     def _file(self, path: str) -> _File:
@@ -144,13 +149,22 @@ class Files(mfusepy.Operations):  # type: ignore[misc]
 
     # Ahead of who reads
 
+    def hurry(self, name: str) -> None:
+        with contextlib.suppress(OSError):  # Whoever opens it will see that too.
+            self._hurry_in_thread(self._file(f"/{name}"))
+
+    def _hurry_in_thread(self, file: _File) -> None:
+        threading.Thread(target=self._hurry, args=(file,), name="prefetch", daemon=True).start()
+
     def _touch(self, file: _File, number: int) -> None:
         following = [file.index.chunks[one] for one in range(number + 1, min(number + 1 + _AHEAD, len(file.index.chunks)))]
         with self._lock:
-            fresh, in_a_row = number not in file.touched, number - 1 in file.touched
+            if number != file.latest:
+                file.in_a_row = file.in_a_row + 1 if number == file.latest + 1 else 0
+            fresh, file.latest = number not in file.touched, number
             file.touched[number] = None
             file.last = time.monotonic()
-        if fresh and in_a_row:
+        if fresh and file.in_a_row >= _IN_A_ROW:
             self._reader.prefetch([digest for digest in following if digest is not None])
 
     def _hurry(self, file: _File) -> None:
@@ -197,9 +211,10 @@ class Files(mfusepy.Operations):  # type: ignore[misc]
         with self._lock:
             return {
                 "pid": os.getpid(),
-                "failures": [[digest, user, why] for (digest, user), why in self.failures.items()],
+                "failures": [[digest, user, why] for (digest, user), why in self._failures.items()],
+                "failed": self._failed,
                 "fetched": self._reader.fetched,
-                "open": sum(file.opened for file in self._files.values()),
+                "opened": sum(file.opened for file in self._files.values()),
             }
 
 
@@ -212,8 +227,8 @@ def _control(listener: socket.socket, files: Files) -> None:
 def _answer(client: socket.socket, files: Files) -> None:
     with client, contextlib.suppress(OSError):
         while request := client.recv(_MAX_MESSAGE):
-            if request == b"stop":
-                os._exit(0)
+            if request.startswith(HURRY):
+                files.hurry(request.removeprefix(HURRY).decode())
             client.send(json.dumps(files.status()).encode())
 
 

@@ -51,16 +51,19 @@ class Listed:
 
 
 class Objects:
-    """The store at `url` (`s3://bucket/prefix`, `file:///folder`, or a plain path). At most `threads` requests at once."""
+    """The store at `url` (`s3://bucket/prefix`, `file:///folder`, or a plain path). At most `threads` requests at once.
+
+    `folder` is where it is, if it is a folder.
+    """
 
     def __init__(self, url: str, *, threads: int = 16, timeout_s: float = TIMEOUT_S) -> None:
-        self._folder = _folder(url)
+        self.folder = _folder(url)
         self.timeout_s = timeout_s
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="objects")
         try:
-            if self._folder is not None:
-                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._store = from_url(self._folder.absolute().as_uri())
+            if self.folder is not None:
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._store = from_url(self.folder.absolute().as_uri())
             else:
                 self._store = from_url(
                     url,
@@ -124,9 +127,9 @@ class Objects:
 
     def settle(self) -> None:
         """What was put is on disk when this returns, where the store is a folder; any other said so when it answered."""
-        if self._folder is None:
+        if self.folder is None:
             return
-        fd = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if _libc.syncfs(fd) != 0:
                 code = ctypes.get_errno()
@@ -153,6 +156,11 @@ class Objects:
                 detail=str(error),
                 reason="unreachable",
             ) from error
+
+
+def absolute(url: str) -> str:
+    """The same place, for a process with another working directory."""
+    return url if urlsplit(url).scheme else str(Path(url).absolute())
 
 
 def _folder(url: str) -> Path | None:
