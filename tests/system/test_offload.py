@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from hosts import sharing_blocks
@@ -161,7 +163,8 @@ def test_a_missing_chunk_fails_who_needs_it(host: Server, objects: Path, tmp_pat
     with pytest.raises(errors.SandboxNotRunning, match="a part of its memory could not be fetched: it is not in the object store any more"):
         said(later, SUM)
     assert time.monotonic() - began < 20
-    assert (later.refresh().status, later.status_reason) == ("failed", "memory_missing")
+    until(lambda: later.refresh().status == "failed", "it is failed", 15)
+    assert later.status_reason == "memory_missing"
     # It has the same file, and touched nothing that is missing.
     assert said(other, "echo alive") == "alive"
     assert said(one, SUM) == digest
@@ -198,8 +201,8 @@ def test_a_snapshot_survives_the_death_of_the_host_while_it_is_offloaded(host: S
     client.snapshots.wait_verified(name, 120)
 
     def offload() -> None:
-        with pytest.raises(errors.PandastackError):
-            host.client(max_retries=0).snapshots.offload(name)
+        with contextlib.suppress(httpx2.HTTPError):
+            host.http("POST", f"/v1/snapshots/{name}/offload")
 
     asking = threading.Thread(target=offload)
     asking.start()

@@ -11,6 +11,7 @@ from pandastack.host.ledger import Entry
 from pandastack.host.runtimes.base import Limits, Machine
 from pandastack.wire.host import HostSandbox, MachineStatus
 from pandastack.wire.ids import SandboxId
+from pandastack.wire.sandboxes import MEMORY_LOST
 
 
 class Sandbox:
@@ -98,16 +99,6 @@ class Sandbox:
         )
 
 
-_MEMORY = {
-    "missing": "it is not in the object store any more",
-    "damaged": "it is damaged in the object store",
-    "timeout": "the object store did not answer in time",
-    "refused": "the object store refuses this host",
-    "unreachable": "the object store could not be reached",
-    "server": "the process of its host that fetches it ended",
-}
-
-
 def not_running(sandbox: Sandbox, reason: str | None) -> SandboxNotRunning:
     why = {
         "oom": "it used more memory than its limit and was ended",
@@ -116,7 +107,7 @@ def not_running(sandbox: Sandbox, reason: str | None) -> SandboxNotRunning:
         "runtime_missing": "the runtime that it was on does not work on its host any more",
         "state_lost": "what was saved of it is missing or damaged",
         "guest": "the daemon inside broke its protocol or stopped answering",
-        **{f"memory_{why}": f"a part of its memory could not be fetched: {text}" for why, text in _MEMORY.items()},
+        **MEMORY_LOST,
     }.get(reason or "", reason or "unknown")
     return SandboxNotRunning(
         f"the sandbox is {sandbox.status}: {why}" if sandbox.status == "failed" else f"the sandbox is {sandbox.status}",
