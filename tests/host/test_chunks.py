@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -56,10 +57,17 @@ def s3() -> Iterator[str]:
         server.stop()
 
 
+@pytest.fixture
+def far() -> Iterator[Path]:
+    """A folder on another file system than the caches: of a store that is near nothing is kept."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(params=["folder", "s3"])
-def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "folder":
-        return str(tmp_path / "objects")
+        return str(request.getfixturevalue("far"))
     endpoint = request.getfixturevalue("s3")
     for name, value in {
         "AWS_ACCESS_KEY_ID": "test",
@@ -82,8 +90,8 @@ def store(url: str) -> Iterator[Counting]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Counting]:
-    objects = Counting(str(tmp_path / "objects"))
+def folder(far: Path) -> Iterator[Counting]:
+    objects = Counting(str(far))
     yield objects
     objects.close()
 
@@ -116,10 +124,6 @@ def memory(path: Path, seed: bytes = b"m") -> Path:
 def kept(where: Depot, name: str, path: Path) -> Index:
     with where.putting(name):
         return where.put(name, {"mem": path}).files["mem"]
-
-
-def chunk_file(root: Path, digest: str) -> Path:
-    return root / chunks.key(digest)
 
 
 def test_a_file_becomes_chunks_and_comes_back(store: Counting, reading: Callable[..., Chunks], tmp_path: Path) -> None:
@@ -198,12 +202,12 @@ def test_a_reference_that_nobody_can_read_stops_the_sweep(folder: Counting, tmp_
 
 
 @pytest.mark.parametrize("at", ["store", "cache"])
-def test_a_flipped_bit_is_never_used(folder: Counting, reading: Callable[..., Chunks], tmp_path: Path, at: str) -> None:
+def test_a_flipped_bit_is_never_used(folder: Counting, far: Path, reading: Callable[..., Chunks], tmp_path: Path, at: str) -> None:
     index = kept(Depot(folder, "here"), "one", memory(tmp_path / "mem"))
     (digest, *_) = sorted(index.stored)
     reader = reading(folder)
     good = reader.read(digest)
-    path = chunk_file(tmp_path / "objects", digest) if at == "store" else tmp_path / "cache" / digest[:2] / digest
+    path = far / chunks.key(digest) if at == "store" else tmp_path / "cache" / digest[:2] / digest
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -276,6 +280,16 @@ def test_prefetching_runs_side_by_side(folder: Counting, reading: Callable[..., 
     folder.gets.clear()
     assert [reader.read(digest)[:1] for digest in index.chunks if digest] == [bytes([number]) for number in range(1, 9)]
     assert not folder.gets
+
+
+def test_of_a_folder_on_the_same_disk_nothing_is_kept(tmp_path: Path, reading: Callable[..., Chunks]) -> None:
+    objects = Counting(str(tmp_path / "objects"))
+    index = kept(Depot(objects, "here"), "one", memory(tmp_path / "mem"))
+    reader = reading(objects)
+    reader.assemble(index, tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "mem").read_bytes()
+    assert not list((tmp_path / "cache").glob("??"))
+    objects.close()
 
 
 def test_the_cache_keeps_its_limit_and_what_was_used_last(tmp_path: Path) -> None:

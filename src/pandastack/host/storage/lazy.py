@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,8 +39,10 @@ START_TIMEOUT_S = 20.0
 ANSWER_TIMEOUT_S = 10.0
 LOOK_EVERY_S = 1.0
 STOPPED = "server"
-HURRY = b"hurry "
-"""Before the digest of a file: it is about to be opened. The program has its own dependencies, and is not imported here."""
+HURRY, PAGE = b"hurry ", b"page "
+"""What the program is asked, beside its status: before the digest of a file that is about to be opened; before a user and the digest of
+the file of which a machine wants its pages, with a socket to which it will connect. It has its own dependencies, and is not imported here.
+"""
 _READ_BYTES = 1 << 20  # The most that the kernel asks for at once.
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _MAX_MESSAGE = 1 << 16
@@ -74,12 +76,12 @@ class _Server:
         self.pidfd: int | None = None
         self.child: subprocess.Popen[bytes] | None = None
 
-    def ask(self, request: bytes = b"status", *, timeout_s: float = ANSWER_TIMEOUT_S) -> Status:
+    def ask(self, request: bytes = b"status", fds: Sequence[int] = (), *, timeout_s: float | None = None) -> Status:
         """Raises OSError when it does not answer in time."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.settimeout(timeout_s)
+            connection.settimeout(ANSWER_TIMEOUT_S if timeout_s is None else timeout_s)
             connection.connect(str(self.folder / "control"))
-            connection.send(request)
+            socket.send_fds(connection, [request], list(fds))
             answer = connection.recv(_MAX_MESSAGE)
         if not answer:
             raise ConnectionResetError("the server of lazy memory has ended")
@@ -127,9 +129,31 @@ class LazyMemory:
             if self._server is None:
                 self._server = await self._start()
             server = self._server
-        with contextlib.suppress(OSError):  # `run` finds out.
+        file = server.mount / index.digest
+        try:
             await asyncio.to_thread(server.ask, HURRY + index.digest.encode())
-        return server.mount / index.digest
+            # Asked only the first time: whether a close must wait for an answer. Nobody who maps a file should.
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await asyncio.to_thread(_open_and_close, file)
+        except OSError as error:  # Also a TimeoutError.
+            await self._lose(server)
+            raise HostUnfit("saved memory cannot be shown before it is here", hint="try again", detail=str(error)) from error
+        return file
+
+    async def page(self, index: Index, listener: socket.socket, user: int) -> Path:
+        """Serve the machine that will connect to `listener` with a userfaultfd, see `paging`. The answer names the file as for `file`.
+
+        `user` is what its failures are told under, see `why`. Raises HostUnfit.
+        """
+        file = await self.file(index)
+        server = self._server
+        try:
+            if server is None or not file.is_relative_to(server.mount):
+                raise ConnectionResetError("the server of lazy memory has just ended")
+            await asyncio.to_thread(server.ask, PAGE + f"{user} {index.digest}".encode(), [listener.fileno()])
+        except OSError as error:
+            raise HostUnfit("saved memory cannot be served", hint="try again", detail=str(error)) from error
+        return file
 
     def _keep(self, index: Index) -> None:
         self._indexes.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -312,6 +336,11 @@ class LazyMemory:
             hint="install libfuse3 (apt install libfuse3-3, or libfuse3-4)",
             detail=words[-1][:500] if words else error,
         )
+
+
+def _open_and_close(file: Path) -> None:
+    with file.open("rb"):
+        return
 
 
 def _mount(fuse: int, place: Path) -> None:

@@ -33,8 +33,9 @@ from pandastack.host.storage import chunks
 from pandastack.host.storage.chunk_cache import ChunkCache
 from pandastack.host.storage.chunks import CHUNK_BYTES, ChunkLost, Chunks, Index
 from pandastack.host.storage.depot import ORDERS
-from pandastack.host.storage.lazy import HURRY
+from pandastack.host.storage.lazy import HURRY, PAGE
 from pandastack.host.storage.objects import Missing, Objects
+from pandastack.host.storage.paging import Paging
 
 _MEMORY_BYTES = 64 << 20  # The kernel reads a chunk in four parts, and proving it takes all of it.
 _FOREVER_S = 86400.0  # The content of a file never changes: it is its name.
@@ -119,10 +120,7 @@ class Files(mfusepy.Operations):  # type: ignore[misc]
             print(f"chunk {number} of {file.index.digest} for user {user}: {lost}", file=sys.stderr, flush=True)  # noqa: T201
             # The host reads too, for a copy: it sees the error itself, and no machine has missed anything.
             if user != 0:
-                with self._lock:
-                    self._failed += 1
-                    if len(self._failures) < _MOST_FAILURES:
-                        self._failures.setdefault((file.index.digest, user), lost.why)
+                self._fail(file, user, lost.why)
             raise mfusepy.FuseOSError(errno.EIO) from lost
 
     def _file(self, path: str) -> _File:
@@ -146,6 +144,19 @@ class Files(mfusepy.Operations):  # type: ignore[misc]
         if chunks.digest_of(encoded) != name:
             raise mfusepy.FuseOSError(errno.EIO)
         return index
+
+    def page(self, name: str, user: int, listener: socket.socket) -> None:
+        """Serve one machine whose faults come by a userfaultfd."""
+        file = self._file(f"/{name}")
+        paging = Paging(listener, file.index, self._reader, lambda why: self._fail(file, user, why))
+        threading.Thread(target=paging.run, name=f"paging {user}", daemon=True).start()
+        self._hurry_in_thread(file)
+
+    def _fail(self, file: _File, user: int, why: str) -> None:
+        with self._lock:
+            self._failed += 1
+            if len(self._failures) < _MOST_FAILURES:
+                self._failures.setdefault((file.index.digest, user), why)
 
     # Ahead of who reads
 
@@ -226,9 +237,15 @@ def _control(listener: socket.socket, files: Files) -> None:
 
 def _answer(client: socket.socket, files: Files) -> None:
     with client, contextlib.suppress(OSError):
-        while request := client.recv(_MAX_MESSAGE):
+        while True:
+            request, fds, _, _ = socket.recv_fds(client, _MAX_MESSAGE, 1)
+            if not request:
+                return
             if request.startswith(HURRY):
                 files.hurry(request.removeprefix(HURRY).decode())
+            elif request.startswith(PAGE):
+                user, name = request.removeprefix(PAGE).decode().split()
+                files.page(name, int(user), socket.socket(fileno=fds[0]))
             client.send(json.dumps(files.status()).encode())
 
 
