@@ -35,8 +35,14 @@ from pandastack.host.runtimes.fake import FakeRuntime, Hang
 from pandastack.host.sandboxes import Sandboxes
 from pandastack.host.slots import Refills, Slots
 from pandastack.host.states import States
+from pandastack.host.storage.chunk_cache import ChunkCache
+from pandastack.host.storage.chunks import Chunks
+from pandastack.host.storage.depot import Depot
 from pandastack.host.storage.folders import Folders
 from pandastack.host.storage.images import Image, Progress
+from pandastack.host.storage.lazy import LazyMemory
+from pandastack.host.storage.objects import Objects
+from pandastack.host.storage.offloads import Offloads
 from pandastack.host.storage.recipes import Recipe
 from pandastack.host.storage.snapshots import Kind, Origin, Saved, Snapshots
 from pandastack.wire.host import HostCreate, Output, ProcessExit
@@ -207,8 +213,12 @@ class World:
         self.admission = Admission(self.totals, free_disk_mib=lambda: 100_000, free_memory_mib=lambda: 100_000)
         self._refills = Refills()
         backends = Backends([self._offer(runtime) for runtime in self.runtimes], self._backend, self._refills, minimum=self.minimum)
-        registry = Registry(SteppingLedger(self.root / "ledger", self.runtime), backends, self.admission)
-        states = States(registry, SteppingSnapshots(self.root / "snapshots", self.runtime))
+        self.objects = Objects(str(self.root / "objects"))
+        reader = Chunks(self.objects, ChunkCache(self.root / "chunks", 1 << 30))
+        lazy = LazyMemory(self.root / "lazy", self.root / "indexes", objects="", cache=self.root / "chunks", cache_mb=1024)
+        registry = Registry(SteppingLedger(self.root / "ledger", self.runtime), backends, self.admission, lazy)
+        snapshots = SteppingSnapshots(self.root / "snapshots", self.runtime)
+        states = States(registry, snapshots, Offloads(snapshots, Depot(self.objects, "here"), reader, lazy, least_bytes=1))
         forks = Forks(states, self.root / "captures")
         forks.open()
         return HostService(HostId("host"), Sandboxes(registry, states), forks)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         InvalidRequest,
         IsolationTooWeak,
         NotFoundError,
+        ObjectStoreUnavailable,
         PandastackError,
         PermissionDenied,
         ProcessNotFound,
@@ -98,9 +99,10 @@ _HOMES = {
     "errors": (
         "APIConnectionError AuthError BadRequestError CapacityError CommandFailed Conflict ConnectionError CreateCancelled DiskFull "
         "ExecInterrupted ExploreError FileConflict FileNotFound GuestError GuestGone GuestProtocolError GuestTimeout HookFailed "
-        "HostUnfit IdempotencyConflict InvalidRequest IsolationTooWeak NotFoundError PandastackError PermissionDenied ProcessNotFound "
-        "QuotaExceeded RateLimited RuntimeFailed RuntimeUnavailable SandboxNotFound SandboxNotRunning SandboxTimeout ServerError "
-        "SnapshotNotFound SnapshotUnusable TemplateBuildError TemplateError TemplateNotFound TemplateNotReady TokenNotFound TooLarge"
+        "HostUnfit IdempotencyConflict InvalidRequest IsolationTooWeak NotFoundError ObjectStoreUnavailable PandastackError "
+        "PermissionDenied ProcessNotFound QuotaExceeded RateLimited RuntimeFailed RuntimeUnavailable SandboxNotFound SandboxNotRunning "
+        "SandboxTimeout ServerError SnapshotNotFound SnapshotUnusable TemplateBuildError TemplateError TemplateNotFound "
+        "TemplateNotReady TokenNotFound TooLarge"
     ),
     "sdk.client": ("AsyncClient Client get_default_async_client get_default_client set_default_async_client set_default_client"),
     "sdk.branches": "BranchOutcome Candidate ExploreResult",
@@ -165,6 +167,7 @@ __all__ = [
     "Lifecycle",
     "Me",
     "NotFoundError",
+    "ObjectStoreUnavailable",
     "OutputEvent",
     "OutputSlice",
     "OutputStream",

@@ -25,6 +25,7 @@
     │   ├── CapacityError             503  the machine is full; nothing was created; `retry_after_s`
     │   ├── TemplateNotReady          503  being built or baked; nothing was created
     │   ├── DiskFull                  507  nothing was created or written
+    │   ├── ObjectStoreUnavailable    503  what is kept in the object store cannot be had just now; nothing was lost
     │   ├── HostUnfit                 503  this machine cannot do it; the hint says what to change
     │   │   └── RuntimeUnavailable             `runtime` is known, and does not work on this machine (any more)
     │   ├── TemplateError             500
@@ -212,6 +213,13 @@ class TemplateNotReady(ServerError):
 class DiskFull(ServerError):
     code = "disk_full"
     status = 507
+
+
+class ObjectStoreUnavailable(ServerError):
+    """`reason` is `timeout`, `refused` or `unreachable`."""
+
+    code = "object_store_unavailable"
+    status = 503
 
 
 class HostUnfit(ServerError):

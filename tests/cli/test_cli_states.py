@@ -95,6 +95,8 @@ def test_snapshots_from_birth_to_death(world: World) -> None:
     assert "5.0 MiB" in call("snapshot", "list", "--sandbox", one).stdout
     assert world.asked[-1][1] == f"sandbox_id={one}"
     assert as_json("snapshot", "get", snapshot)["status"] == "verified"
+    assert call("snapshot", "offload", snapshot).stdout.strip() == snapshot
+    assert as_json("snapshot", "get", snapshot)["location"] == "store"
     made = call("sandbox", "create", "--from-snapshot", snapshot).stdout.strip()
     assert world.sandboxes[made]["from_snapshot"] == snapshot
     assert call("snapshot", "rm", snapshot).stdout.strip() == snapshot

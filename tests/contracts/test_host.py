@@ -432,6 +432,29 @@ async def test_children_of_a_point_are_what_their_parent_was(host: Host, box: Sa
     await host.delete_snapshot(point.id)
 
 
+async def test_an_offloaded_snapshot_takes_no_place_and_can_do_all_it_could(host: Host, box: SandboxId) -> None:
+    await host.write_file(box, b"/tmp/f", pieces(b"then"))
+    made = await host.snapshot(box, new_snapshot_id())
+    assert (await host.snapshot_usage(made.id)).location == "local"
+    gone = await host.offload_snapshot(made.id)
+    again = await host.offload_snapshot(made.id)
+    assert gone.id == again.id == made.id
+    usage = await host.snapshot_usage(made.id)
+    assert usage.location == "store"
+    assert usage.own_bytes + usage.shared_bytes < made.size_bytes
+    await host.verify_snapshot(made.id)
+    other = (await host.create(wanted(snapshot=made.id))).id
+    assert await content(host, other, b"/tmp/f") == b"then"
+    await host.write_file(box, b"/tmp/f", pieces(b"later"))
+    await host.rewind(HostRewind(sandbox=box, snapshot=made.id))
+    assert await content(host, box, b"/tmp/f") == b"then"
+    (child,) = await host.fork(HostFork(parent=box, children=[HostChild(id=new_sandbox_id(), hostname="c")], snapshot=made.id))
+    assert await content(host, child.id, b"/tmp/f") == b"then"
+    await host.delete_snapshot(made.id)
+    with pytest.raises(SnapshotNotFound):
+        await host.offload_snapshot(made.id)
+
+
 async def test_only_its_own_point_will_do(host: Host, box: SandboxId) -> None:
     other = await host.create(wanted())
     foreign = await host.snapshot(other.id, new_snapshot_id())

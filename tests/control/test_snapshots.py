@@ -10,7 +10,7 @@ import pytest
 
 from pandastack.control.fake_host import FakeHost
 from pandastack.control.store import Store
-from pandastack.errors import CapacityError, DiskFull, GuestError, RuntimeFailed, SnapshotNotFound, SnapshotUnusable
+from pandastack.errors import CapacityError, DiskFull, GuestError, ObjectStoreUnavailable, RuntimeFailed, SnapshotNotFound, SnapshotUnusable
 from pandastack.wire.ids import SandboxId, SnapshotId, new_snapshot_id
 
 from .test_restart import Steps
@@ -50,10 +50,25 @@ async def test_a_snapshot_is_durable_when_it_is_answered_and_then_verified(w: Wo
     assert (body["template"], body["memory_mb"], body["size_bytes"], body["runtime"]) == ("base", 700, 1 << 20, "fake")
     assert (body["mem_path"], body["state_path"]) == ("", "")
     assert body["created_at"].endswith("Z")
-    assert (await w.ours.get(f"/v1/snapshots/{body['id']}")).json() == body | {"own_bytes": 1 << 20, "shared_bytes": 0}
+    assert (await w.ours.get(f"/v1/snapshots/{body['id']}")).json() == body | {"own_bytes": 1 << 20, "shared_bytes": 0, "location": "local"}
     await is_now(w, body["id"], "verified")
     assert w.host.calls["verify"] == 1
     assert await w.status(sandbox) == ("running", None)
+
+
+async def test_an_offloaded_snapshot_says_where_it_is_and_what_is_left_here(w: World) -> None:
+    sandbox = await w.sandbox(template="base")
+    made = (await w.ours.post(f"/v1/sandboxes/{sandbox}/snapshots")).json()["id"]
+    answer = await w.ours.post(f"/v1/snapshots/{made}/offload")
+    assert (answer.status_code, answer.json()["location"], answer.json()["own_bytes"]) == (200, "store", 0)
+    assert answer.json()["size_bytes"] == 1 << 20, "what it takes in all is what counts"
+    assert (await w.ours.get(f"/v1/snapshots/{made}")).json()["location"] == "store"
+    assert (await w.theirs.post(f"/v1/snapshots/{made}/offload")).status_code == 404
+    w.host.fail("offload", ObjectStoreUnavailable("the object store did not answer in time", reason="timeout"))
+    refused = await w.ours.post(f"/v1/snapshots/{made}/offload")
+    assert (refused.status_code, refused.json()["code"]) == (503, "object_store_unavailable")
+    await w.ours.delete(f"/v1/snapshots/{made}")
+    assert (await w.ours.post(f"/v1/snapshots/{made}/offload")).status_code == 404
 
 
 async def test_snapshots_are_listed_newest_first_and_outlive_their_sandbox(w: World) -> None:

@@ -124,6 +124,8 @@ class World:
         if request.method == "DELETE":
             del self.snapshots[parts[1]]
             return answer(status=204)
+        if parts[2:] == ["offload"]:
+            self.snapshots[parts[1]]["location"] = "store"
         return answer(self.snapshots[parts[1]])
 
     def client(self, **options: Any) -> Client:

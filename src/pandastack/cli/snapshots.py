@@ -58,6 +58,14 @@ def get(snapshot_id: SnapshotId, as_json: console.Json = False) -> None:
     console.show(found, as_json, lambda: console.facts(found))
 
 
+@app.command()
+def offload(snapshot_id: SnapshotId, as_json: console.Json = False) -> None:
+    """Move a snapshot's memory and disk to the object store of the server. It can be used as before."""
+    with console.client() as client:
+        found = console.plain(client.snapshots.offload(snapshot_id))
+    console.show(found, as_json, lambda: print(snapshot_id))
+
+
 @app.command("rm")
 def remove(snapshot_ids: Annotated[list[str], typer.Argument(metavar="SNAPSHOT...")], as_json: console.Json = False) -> None:
     """Delete snapshots. Sandboxes that were made from them live on."""

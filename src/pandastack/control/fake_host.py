@@ -121,7 +121,8 @@ class FakeHost(FakeStates):
 
     async def snapshot_usage(self, snapshot_id: SnapshotId) -> StateUsage:
         await self._step("snapshot_usage")
-        return self._stored(self._saved(snapshot_id).stored)
+        found = self._saved(snapshot_id)
+        return StateUsage(own_bytes=0, shared_bytes=0, location="store") if found.away else self._stored(found.stored)
 
     def _stored(self, stored: object) -> StateUsage:
         """Shared where a hibernated sandbox and a snapshot, or two snapshots, have the same files."""

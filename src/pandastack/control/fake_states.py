@@ -63,6 +63,7 @@ class FakeSnapshot:
     saved: HostSnapshot
     files: FakeFiles
     stored: object
+    away: bool = False
 
 
 class FakeStates:
@@ -280,6 +281,13 @@ class FakeStates:
         await self._step("give_up_snapshot")
         found = self.snapshots.get(snapshot_id)
         return None if found is None else found.saved
+
+    async def offload_snapshot(self, snapshot_id: SnapshotId) -> HostSnapshot:
+        await self._step("offload")
+        found = self._saved(snapshot_id)
+        found.away = True
+        await self._step("offload.after")
+        return found.saved
 
     async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         await self._step("delete_snapshot")

@@ -172,6 +172,14 @@ class Host(Protocol):
         """
         ...
 
+    async def offload_snapshot(self, snapshot_id: SnapshotId) -> HostSnapshot:
+        """Put its large files into the object store, prove that they are there, then free their place here. Idempotent.
+
+        What can be done with it stays the same. Raises SnapshotNotFound, SnapshotUnusable, ObjectStoreUnavailable, DiskFull; then it is
+        where it was.
+        """
+        ...
+
     async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         """Idempotent: an unknown id is success. Sandboxes made from it are not touched."""
         ...

@@ -41,6 +41,7 @@ from pandastack.wire.host import HostCreate, HostSandbox
 from pandastack.wire.ids import SandboxId, SnapshotId, TenantId, is_uuid
 from pandastack.wire.isolation import AUTO
 from pandastack.wire.sandboxes import (
+    MEMORY_LOST,
     Checkpoints,
     CheckpointState,
     Lifecycle,
@@ -264,7 +265,7 @@ class Sandboxes:
 
 def not_usable(row: SandboxRow) -> SandboxNotRunning:
     """What is told about a sandbox in a state in which the thing asked for can not be done."""
-    reason = f" ({row.status_reason})" if row.status_reason else ""
+    reason = f" ({MEMORY_LOST.get(row.status_reason, row.status_reason)})" if row.status_reason else ""
     hint = "restore one of its points, or create a new one" if row.status == "failed" else None
     return SandboxNotRunning(f"the sandbox is {row.status}{reason}", hint=hint, sandbox_status=row.status, status_reason=row.status_reason)
 

@@ -1,6 +1,7 @@
 """Snapshots: the order of steps from a capture to its end.
 
     capture: row `capturing` (durable) -> host.snapshot -> row `durable` -> answer
+    offload: host.offload_snapshot; where it is, is asked of the host
     verify:  host.verify_snapshot, later and one at a time -> row `verified`, or `failed` with the reason
     delete:  row `deleting` (durable) -> host.delete_snapshot -> no row (in `creates`, because a sandbox takes its automatic ones along)
 
@@ -28,7 +29,7 @@ from pandastack.control.settings import ControlSettings
 from pandastack.control.states import States
 from pandastack.control.store import Store
 from pandastack.control.store.sandboxes import SandboxRow
-from pandastack.control.store.snapshots import SnapshotRow
+from pandastack.control.store.snapshots import RESTORABLE, SnapshotRow
 from pandastack.control.work import Crew
 from pandastack.errors import (
     CapacityError,
@@ -60,6 +61,7 @@ def view(row: SnapshotRow, usage: StateUsage | None = None) -> SnapshotView:
         status=row.status,
         status_reason=row.status_reason,
         size_bytes=row.size_bytes,
+        location=None if usage is None else usage.location,
         own_bytes=None if usage is None else usage.own_bytes,
         shared_bytes=None if usage is None else usage.shared_bytes,
         created_at=when(row.created_us),
@@ -201,6 +203,20 @@ class Snapshots:
         row = await self._store.snapshots.find(caller.tenant, SnapshotId(snapshot_id)) if is_uuid(snapshot_id) else None
         if row is None:
             raise _unknown()
+        return row
+
+    # Offload
+
+    async def offload(self, caller: Caller, snapshot_id: str) -> SnapshotRow:
+        """Its large files are in the object store when this returns. It goes on also when the caller leaves. Idempotent.
+
+        Raises Conflict for one that cannot be restored, or not yet; as `Host.offload_snapshot`.
+        """
+        row = await self.get(caller, snapshot_id)
+        if row.status not in RESTORABLE:
+            raise Conflict(f"the snapshot is {row.status}", hint="only one that can be restored goes to the object store")
+        async with deadline(self._settings.state_timeout_s, "the snapshot was not put into the object store in time"):
+            await self._host.offload_snapshot(row.id)
         return row
 
     # Verify

@@ -36,10 +36,16 @@ from pandastack.host.service import HostService as HostService
 from pandastack.host.settings import HostSettings
 from pandastack.host.slots import Refills
 from pandastack.host.states import States
-from pandastack.host.storage import space
+from pandastack.host.storage import objects, space
+from pandastack.host.storage.chunk_cache import ChunkCache
+from pandastack.host.storage.chunks import Chunks
+from pandastack.host.storage.depot import Depot
 from pandastack.host.storage.disks import Disks
 from pandastack.host.storage.folders import Folders
 from pandastack.host.storage.images import Images
+from pandastack.host.storage.lazy import LazyMemory
+from pandastack.host.storage.objects import Objects
+from pandastack.host.storage.offloads import Offloads
 from pandastack.host.storage.pool import Pool
 from pandastack.host.storage.readonly import ReadOnly
 from pandastack.host.storage.snapshots import Snapshots
@@ -61,6 +67,7 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
     views = ReadOnly(run_dir / "shared")
     pool = Pool(settings.data_dir)
     await asyncio.to_thread(pool.open)
+    parts: _Parts | None = None
     try:
         shown = views.view(guest)
         here = Surroundings(
@@ -72,19 +79,22 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
             keeper=keeper,
             say=say,
         )
-        parts = _Parts(settings, pool, views, guest, guest_digest)
+        parts = _Parts(settings, pool, views, guest, guest_digest, install=install, run_dir=run_dir)
         backends = Backends(await offers(here), parts.backend, parts.refills, minimum=settings.min_isolation)
-        registry = Registry(Ledger(settings.data_dir / "ledger"), backends, parts.admission)
-        states = States(registry, parts.snapshots)
+        registry = Registry(Ledger(settings.data_dir / "ledger"), backends, parts.admission, parts.lazy)
+        states = States(registry, parts.snapshots, parts.offloads)
         forks = Forks(states, settings.captures_dir or pool.root / "captures")
         await asyncio.to_thread(forks.open)
         sandboxes = Sandboxes(registry, states)
+        await asyncio.to_thread(parts.lazy.recover)
         await recover(registry, parts.snapshots)
         if await asyncio.to_thread(space.shares_blocks, pool.root) is False:
             log.warning(
                 "files are copied in full: this file system cannot share blocks; see `pandastack storage init`", path=str(pool.root)
             )
     except BaseException:
+        if parts is not None:
+            parts.close(needed=True)  # By machines of an earlier life, which a later start may find.
         _leave(run_dir, views, keeper, pool)
         raise
     await asyncio.to_thread(keeper.retain, sandboxes.machine_ids())
@@ -93,6 +103,8 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
         asyncio.create_task(backends.run(), name="runtimes and their pools"),
         asyncio.create_task(sandboxes.freeze_idle(), name="freeze idle sandboxes"),
         asyncio.create_task(sandboxes.watch_memory(), name="watch memory of sandboxes"),
+        asyncio.create_task(parts.lazy.run(registry.fail_those_that_lost_memory), name="watch lazy memory"),
+        asyncio.create_task(parts.offloads.run(registry.memory_files), name="sweep the object store"),
     ]
     try:
         yield service
@@ -102,6 +114,7 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await sandboxes.close()
+        parts.close(needed=bool(registry.memory_files()))
         if sandboxes.machine_ids():
             keeper.close()
         else:
@@ -111,7 +124,9 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
 class _Parts:
     """What all runtimes of a host share, and how a runtime that works gets what is its own."""
 
-    def __init__(self, settings: HostSettings, pool: Pool, views: ReadOnly, guest: Path, guest_digest: str) -> None:
+    def __init__(
+        self, settings: HostSettings, pool: Pool, views: ReadOnly, guest: Path, guest_digest: str, *, install: str, run_dir: Path
+    ) -> None:
         self._settings = settings
         self._pool = pool
         self._views = views
@@ -129,6 +144,18 @@ class _Parts:
         self.refills = Refills()
         self.admission = Admission(_totals(settings, self._disks), free_disk_mib=self._disks.free_mib)
         self.snapshots = Snapshots(root / "snapshots", low_water_mib=settings.disk_low_water_mb, below=below)
+        store = objects.absolute(settings.object_store or str(settings.data_dir / "objects"))
+        cache = (settings.chunk_cache_dir or settings.cache_dir / "chunks").absolute()
+        self._objects = Objects(store)
+        self._chunks = Chunks(self._objects, ChunkCache(cache, settings.chunk_cache_mb << 20))
+        self.lazy = LazyMemory(run_dir / "lazy", root.absolute() / "indexes", objects=store, cache=cache, cache_mb=settings.chunk_cache_mb)
+        self.offloads = Offloads(self.snapshots, Depot(self._objects, install), self._chunks, self.lazy)
+
+    def close(self, *, needed: bool) -> None:
+        """`needed`: machines that go on without this process read their memory from the store."""
+        self.lazy.close(needed=needed)
+        self._chunks.close()
+        self._objects.close()
 
     def backend(self, offer: Offer, runtime: Runtime, probe: Probe) -> Backend:
         """Folders are its own by its name; gVisor's have none, from the time when it was alone."""

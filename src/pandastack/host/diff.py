@@ -23,6 +23,7 @@ from typing import Any
 
 from pandastack.errors import Conflict, FileConflict, FileNotFound, GuestError, GuestTimeout, PandastackError, TooLarge
 from pandastack.host.guest import Guest
+from pandastack.host.machines import Machines, SlotKey
 from pandastack.host.sandboxes import Sandboxes
 from pandastack.host.storage.snapshots import Saved
 from pandastack.wire import patches
@@ -153,7 +154,11 @@ class Diffs:
     async def _restored(self, saved: Saved) -> AsyncIterator[View]:
         """A view of a saved state. It takes room like a sandbox, under a name that no sandbox has."""
         machines = (await self._registry.backends.reach(saved.manifest.origin.runtime)).machines
-        key = self._states.key(saved)
+        async with self._states.opened(saved) as there, self._in(machines, self._states.key(there)) as view:
+            yield view
+
+    @contextlib.asynccontextmanager
+    async def _in(self, machines: Machines, key: SlotKey) -> AsyncIterator[View]:
         name = SandboxId(f"view-{uuid.uuid4()}")
         self._registry.admission.reserve(name, key.limits)
         try:

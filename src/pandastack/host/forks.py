@@ -117,7 +117,8 @@ class Forks:
     @contextlib.asynccontextmanager
     async def _kept(self, parent: Sandbox, snapshot: SnapshotId) -> AsyncIterator[Path]:
         """The same of an earlier moment; whatever the parent is by now, it stays that."""
-        yield self._states.key(await self._states.own(parent, snapshot)).snapshot
+        async with self._states.opened(await self._states.own(parent, snapshot)) as saved:
+            yield self._states.key(saved).snapshot
 
     async def _child(
         self, machines: Machines, preparing: asyncio.Task[Machine], folder: Path, entry: Entry, undo: contextlib.AsyncExitStack

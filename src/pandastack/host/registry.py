@@ -22,6 +22,7 @@ from pandastack.host.ledger import Ledger
 from pandastack.host.machines import CONNECT_TIMEOUT_S, Machines, Ready
 from pandastack.host.runtimes.base import Machine
 from pandastack.host.sandbox import Sandbox, not_running
+from pandastack.host.storage.lazy import LazyMemory
 from pandastack.wire.host import EventKind, HostEvent, HostSandbox
 from pandastack.wire.ids import SandboxId
 
@@ -33,8 +34,9 @@ _EVENTS_KEPT = 10_000
 class Registry:
     """All sandboxes of this host, and the players that hold what they have."""
 
-    def __init__(self, ledger: Ledger, backends: Backends, admission: Admission) -> None:
+    def __init__(self, ledger: Ledger, backends: Backends, admission: Admission, lazy: LazyMemory) -> None:
         self.ledger = ledger
+        self.lazy = lazy
         self.backends = backends
         self.admission = admission
         # Restores are bound by CPU: more of them at once than cores only makes each of them later.
@@ -108,9 +110,32 @@ class Registry:
     async def _watch(self, sandbox: Sandbox) -> None:
         machine = sandbox.machine
         assert machine is not None  # noqa: S101
-        reason = await machine.ended()
+        reason: str = await machine.ended()
+        if reason == "exited":
+            reason = await self._memory_lost(machine) or reason
         if reason != "stopped":
             await self.fail(sandbox, reason)
+
+    async def fail_those_that_lost_memory(self) -> None:
+        """End every sandbox of which a part of the memory could not be fetched; some of them would go on with wrong answers."""
+        for sandbox in self.list():
+            if sandbox.machine is None or sandbox.status not in ("running", "paused"):
+                continue
+            if (reason := await self._memory_lost(sandbox.machine)) is not None:
+                await self.fail(sandbox, reason)
+
+    async def _memory_lost(self, machine: Machine) -> str | None:
+        """As the reason of a failure; None where all of its memory is there, or can be had."""
+        source = machine.memory_source
+        if source is None or not self.lazy.shows(source.file):
+            return None
+        why = await self.lazy.why(source.file, source.user)
+        return None if why is None else f"memory_{why}"
+
+    def memory_files(self) -> set[str]:
+        """The names of the files of `lazy` that machines have mapped."""
+        sources = [sandbox.machine.memory_source for sandbox in self.list() if sandbox.machine is not None]
+        return {source.file.name for source in sources if source is not None and self.lazy.shows(source.file)}
 
     # The way to the guest
 

@@ -11,6 +11,7 @@ from pandastack.host.ledger import Entry
 from pandastack.host.runtimes.base import Limits, Machine
 from pandastack.wire.host import HostSandbox, MachineStatus
 from pandastack.wire.ids import SandboxId
+from pandastack.wire.sandboxes import MEMORY_LOST
 
 
 class Sandbox:
@@ -106,6 +107,7 @@ def not_running(sandbox: Sandbox, reason: str | None) -> SandboxNotRunning:
         "runtime_missing": "the runtime that it was on does not work on its host any more",
         "state_lost": "what was saved of it is missing or damaged",
         "guest": "the daemon inside broke its protocol or stopped answering",
+        **MEMORY_LOST,
     }.get(reason or "", reason or "unknown")
     return SandboxNotRunning(
         f"the sandbox is {sandbox.status}: {why}" if sandbox.status == "failed" else f"the sandbox is {sandbox.status}",

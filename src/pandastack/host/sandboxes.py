@@ -101,7 +101,10 @@ class Sandboxes:
 
     async def _create(self, request: HostCreate) -> HostSandbox:
         started = time.monotonic()
-        source = await (self._of_snapshot(request) if request.snapshot else self._of_template(request))
+        async with self._of_snapshot(request) if request.snapshot else self._of_template(request) as source:
+            return await self._made(request, source, started)
+
+    async def _made(self, request: HostCreate, source: _Source, started: float) -> HostSandbox:
         machines = source.backend.machines
         fresh = identity.fresh(request.id, request.hostname, {**source.env, **request.env})
         entry = Entry(
@@ -134,7 +137,8 @@ class Sandboxes:
         self.registry.enter(sandbox)
         return self.registry.view(sandbox)
 
-    async def _of_template(self, request: HostCreate) -> _Source:
+    @contextlib.asynccontextmanager
+    async def _of_template(self, request: HostCreate) -> AsyncIterator[_Source]:
         backend = await self.registry.backends.choose(request.isolation)
         baked = own = await backend.bakery.wait(request.template, patience_s=TEMPLATE_PATIENCE_S)
         limits, image = _limits(request, own.limits), own.image
@@ -148,9 +152,10 @@ class Sandboxes:
             self.registry.admission.require_possible(limits)
             baked = await backend.bakery.wait(request.template, patience_s=TEMPLATE_PATIENCE_S, size=size)
         key = SlotKey(baked.rootfs, limits, baked.snapshot)
-        return _Source(backend, key, image.name, image.note, image.recipe.env, pooled=limits == own.limits)
+        yield _Source(backend, key, image.name, image.note, image.recipe.env, pooled=limits == own.limits)
 
-    async def _of_snapshot(self, request: HostCreate) -> _Source:
+    @contextlib.asynccontextmanager
+    async def _of_snapshot(self, request: HostCreate) -> AsyncIterator[_Source]:
         saved = await self.states.snapshots.check(request.snapshot or "")
         origin = saved.manifest.origin
         backend = await self.registry.backends.usable(origin.runtime)
@@ -173,8 +178,9 @@ class Sandboxes:
                 cpu=origin.cpu,
                 memory_mb=origin.memory_mb,
             )
-        key = self.states.key(saved, limits)
-        return _Source(backend, key, origin.template_actual, origin.template_note, origin.env, pooled=False)
+        async with self.states.opened(saved) as there:
+            key = self.states.key(there, limits)
+            yield _Source(backend, key, origin.template_actual, origin.template_note, origin.env, pooled=False)
 
     async def _start(self, entry: Entry, source: _Source, fresh: identity.Identity, undo: contextlib.AsyncExitStack) -> Sandbox:
         machines = source.backend.machines

@@ -159,6 +159,9 @@ class HostService:
     async def give_up_snapshot(self, snapshot_id: SnapshotId) -> HostSnapshot | None:
         return await self._states.give_up_snapshot(snapshot_id)
 
+    async def offload_snapshot(self, snapshot_id: SnapshotId) -> HostSnapshot:
+        return await self._states.offload(snapshot_id)
+
     async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         await self._states.delete_snapshot(snapshot_id)
 

@@ -32,6 +32,12 @@ class HostSettings(BaseSettings):
     ubuntu_mirror: str | None = None
     slots: int = Field(default=4, ge=0, le=256, description="prepared machines kept per template, for the two used last of each runtime")
     blanks: int = Field(default=4, ge=0, le=256, description="blank machines kept for forks and wakes, for the two shapes used last")
+    object_store: str = Field(
+        default="",
+        description="where offloaded snapshots are: a folder, or s3://bucket/prefix with AWS_*; empty is a folder of the data directory",
+    )
+    chunk_cache_dir: Path | None = Field(default=None, description="where chunks of the object store are kept; else the cache directory")
+    chunk_cache_mb: int = Field(default=4096, ge=0, description="the most that is kept there")
     max_sandboxes: int = Field(default=1000, ge=1)
     memory_overcommit: float = Field(default=2.0, ge=1.0, le=16.0)
     disk_overcommit: float = Field(default=4.0, ge=1.0, le=64.0)

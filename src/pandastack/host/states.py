@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from pandastack.errors import Conflict, DiskFull, PandastackError, SnapshotUnusable
+from pandastack.errors import Conflict, DiskFull, PandastackError, SnapshotNotFound, SnapshotUnusable
 from pandastack.host import identity
 from pandastack.host.guest import HOOK_TIMEOUT_S, Guest
 from pandastack.host.ledger import Entry
@@ -30,6 +30,7 @@ from pandastack.host.machines import Machines, Ready, SlotKey
 from pandastack.host.registry import Registry
 from pandastack.host.runtimes.base import Limits, Machine
 from pandastack.host.sandbox import Sandbox, not_running
+from pandastack.host.storage.offloads import Offloads
 from pandastack.host.storage.snapshots import Origin, Saved, Snapshots
 from pandastack.wire.host import HostSnapshot
 from pandastack.wire.ids import SandboxId, SnapshotId, new_snapshot_id
@@ -44,9 +45,10 @@ STILL_TIMEOUT_S = 30.0  # For stopping every process, beside the hook's time.
 class States:
     """The verbs that change the state of a sandbox."""
 
-    def __init__(self, registry: Registry, snapshots: Snapshots) -> None:
+    def __init__(self, registry: Registry, snapshots: Snapshots, offloads: Offloads) -> None:
         self.registry = registry
         self.snapshots = snapshots
+        self.offloads = offloads
         self._jobs: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._returns: dict[asyncio.Task[None], str] = {}
         self._patient: dict[asyncio.Timeout, str] = {}  # Those of them that wait for a calm moment.
@@ -253,6 +255,17 @@ class States:
         """Those of the runtime that saved it. Raises RuntimeUnavailable."""
         return self.registry.backends.of(saved.manifest.origin.runtime).machines
 
+    @contextlib.asynccontextmanager
+    async def opened(self, saved: Saved) -> AsyncIterator[Saved]:
+        """A saved state with all of its files, for as long as the block lasts: what restores it takes its `key` from this one.
+
+        Raises as `key` and `Offloads.opened`.
+        """
+        self.key(saved)  # Nothing is fetched for one that cannot be restored here.
+        backend = self.registry.backends.of(saved.manifest.origin.runtime)
+        async with self.offloads.opened(saved, backend.runtime.capabilities.memory_file) as there:
+            yield there
+
     async def own(self, sandbox: Sandbox, snapshot_id: SnapshotId) -> Saved:
         """A snapshot of this very sandbox, checked. Raises as `Snapshots.check`, and Conflict for another sandbox's."""
         saved = await self.snapshots.check(snapshot_id)
@@ -346,6 +359,10 @@ class States:
 
         All or nothing.
         """
+        async with self.opened(saved) as there:
+            return await self._started(there, limits, fresh)
+
+    async def _started(self, saved: Saved, limits: Limits, fresh: identity.Identity) -> Ready:
         machines = self.machines(saved)
         # Reading all of it twice, one after the other, would double the time. What is restored does nothing yet.
         restoring = asyncio.create_task(self._restored(machines, self.key(saved, limits)))
@@ -392,7 +409,10 @@ class States:
         """See `control.hosts.Host.verify_snapshot`. No process in the copy runs: it never gets an identity."""
         saved = await self.snapshots.check(snapshot_id)
         machines = (await self.registry.backends.reach(saved.manifest.origin.runtime)).machines
-        key = self.key(saved)
+        async with self.opened(saved) as there:
+            await self._tried(machines, self.key(there), snapshot_id)
+
+    async def _tried(self, machines: Machines, key: SlotKey, snapshot_id: SnapshotId) -> None:
         # It takes room like a sandbox, under a name that no sandbox has.
         name = SandboxId(f"verify-{snapshot_id}")
         self.registry.admission.reserve(name, key.limits)
@@ -421,6 +441,14 @@ class States:
         # A hibernated sandbox's own state is none that anybody can delete by its id.
         if any(saved.manifest.id == snapshot_id for saved in self.snapshots.list("snapshot")):
             await self.snapshots.delete(snapshot_id)
+            self.offloads.sweep_soon()
+
+    async def offload(self, snapshot_id: SnapshotId) -> HostSnapshot:
+        """See `control.hosts.Host.offload_snapshot`."""
+        saved = self.snapshots.get(snapshot_id)
+        if saved.manifest.kind != "snapshot":
+            raise SnapshotNotFound("no such snapshot", snapshot_id=snapshot_id)
+        return describe(await self.once("offload", snapshot_id, lambda: self.offloads.offload(snapshot_id)))
 
 
 def describe(saved: Saved) -> HostSnapshot:

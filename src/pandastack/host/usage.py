@@ -11,7 +11,7 @@ from pandastack.host.runtimes.base import Memory
 from pandastack.host.sandbox import Sandbox
 from pandastack.host.storage.snapshots import Snapshots
 from pandastack.host.storage.space import Space
-from pandastack.wire.usage import SandboxUsage, StateUsage
+from pandastack.wire.usage import Location, SandboxUsage, StateUsage
 
 
 async def of_sandbox(registry: Registry, snapshots: Snapshots, sandbox: Sandbox) -> SandboxUsage:
@@ -40,4 +40,5 @@ async def of_sandbox(registry: Registry, snapshots: Snapshots, sandbox: Sandbox)
 async def of_snapshot(snapshots: Snapshots, snapshot_id: str) -> StateUsage:
     """Raises SnapshotNotFound."""
     found = await asyncio.to_thread(snapshots.space, snapshot_id)
-    return StateUsage(own_bytes=found.own_bytes, shared_bytes=found.shared_bytes)
+    location: Location = "local" if snapshots.get(snapshot_id).away is None else "store"
+    return StateUsage(own_bytes=found.own_bytes, shared_bytes=found.shared_bytes, location=location)

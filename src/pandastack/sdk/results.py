@@ -244,8 +244,8 @@ class Snapshot(Mapping[str, Any]):
     `status` is `durable` (its bytes are on disk), `verified` (a restore of it was tried and worked) or `failed` (it was
     tried and did not, `status_reason` says why). `cause` says who took it: `request`, or, by itself, `checkpoint` (`label` is
     the command after which), `pressure` (its memory was nearly full) or `restore` (what it was before it was restored). Of its
-    `size_bytes` on disk a delete would free `own_bytes`; both parts are None in lists. The facts can also be read as those of a
-    dict: `snapshot["id"]`.
+    `size_bytes` on disk a delete would free `own_bytes`; both parts, and `location`, are None in lists. `location` is `local`, or `store`
+    for one that was offloaded to the object store. The facts can also be read as those of a dict: `snapshot["id"]`.
     """
 
     id: str
@@ -257,6 +257,7 @@ class Snapshot(Mapping[str, Any]):
     size_bytes: int = 0
     own_bytes: int | None = None
     shared_bytes: int | None = None
+    location: str | None = None
     created_at: str | None = None
     cpu: float | int | None = None
     memory_mb: int | None = None

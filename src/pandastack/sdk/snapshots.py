@@ -30,6 +30,13 @@ class Snapshots:
         """Sandboxes that were made from it live on. Raises SnapshotNotFound."""
         self._client._call(calls.delete(snapshot_id))
 
+    def offload(self, snapshot_id: str) -> Snapshot:
+        """Move its memory and its disk to the object store of the server; what can be done with it stays the same.
+
+        Returns when they are there. Raises SnapshotNotFound, SnapshotUnusable, ObjectStoreUnavailable; then it is where it was.
+        """
+        return self._client._call(calls.offload(snapshot_id))
+
     def wait_verified(self, snapshot_id: str, timeout_s: float = 300.0) -> Snapshot:
         """Wait until the server has tried to restore it, which it does by itself.
 
@@ -59,6 +66,13 @@ class AsyncSnapshots:
     async def delete(self, snapshot_id: str) -> None:
         """Sandboxes that were made from it live on. Raises SnapshotNotFound."""
         await self._client._call(calls.delete(snapshot_id))
+
+    async def offload(self, snapshot_id: str) -> Snapshot:
+        """Move its memory and its disk to the object store of the server; what can be done with it stays the same.
+
+        Returns when they are there. Raises SnapshotNotFound, SnapshotUnusable, ObjectStoreUnavailable; then it is where it was.
+        """
+        return await self._client._call(calls.offload(snapshot_id))
 
     async def wait_verified(self, snapshot_id: str, timeout_s: float = 300.0) -> Snapshot:
         """Wait until the server has tried to restore it, which it does by itself.

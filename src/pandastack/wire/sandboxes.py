@@ -2,7 +2,8 @@
 
 A sandbox is `creating` -> `running` -> gone. In between it may be `paused` (in memory, without CPU) or `hibernated` (on disk
 only); `status_reason` then says who asked: `request`, `idle`, `shutdown`. It becomes `failed` when it can not be used any
-more: `oom` (its memory limit), `exited`, `host_restarted`, `guest` (its daemon broke the protocol), `error`.
+more: `oom` (its memory limit), `exited`, `host_restarted`, `guest` (its daemon broke the protocol), `error`, `memory_...`
+(a part of its memory could not be fetched, see `MEMORY_LOST`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,18 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from pandastack.wire.isolation import AUTO
 
 SandboxStatus = Literal["creating", "running", "paused", "hibernated", "failed", "deleting"]
+
+MEMORY_LOST = {
+    f"memory_{why}": f"a part of its memory could not be fetched: {text}"
+    for why, text in {
+        "missing": "it is not in the object store any more",
+        "damaged": "it is damaged in the object store",
+        "timeout": "the object store did not answer in time",
+        "refused": "the object store refuses its host",
+        "unreachable": "the object store could not be reached",
+        "server": "the process of its host that fetches it ended",
+    }.items()
+}
 
 MAX_TTL_SECONDS = 30 * 24 * 3600
 MAX_METADATA_KEYS = 64

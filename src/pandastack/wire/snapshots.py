@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pandastack.wire.sandboxes import MAX_METADATA_KEYS, MetadataKey, MetadataValue, SandboxView, Shape, View
+from pandastack.wire.usage import Location
 
 SnapshotStatus = Literal["capturing", "durable", "verified", "failed"]
 SnapshotCause = Literal["request", "checkpoint", "pressure", "restore"]
@@ -26,7 +27,8 @@ Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_META
 
 class SnapshotView(View):
     """A snapshot. `size_bytes` is what it takes on disk: `own_bytes`, which a delete would free, and `shared_bytes`, which others
-    use too; the two are told by the GET of one snapshot, elsewhere null. `label` is the command after which a checkpoint was taken.
+    use too. These two and `location` are told by the GET of one snapshot, elsewhere null: one whose memory and disk are in the object
+    store is at `store`, not `local`, and takes next to nothing here. `label` is the command after which a checkpoint was taken.
 
     `mem_path` and `state_path` are kept, empty, for existing clients.
     """
@@ -41,6 +43,7 @@ class SnapshotView(View):
     size_bytes: int = 0
     own_bytes: int | None = None
     shared_bytes: int | None = None
+    location: Location | None = None
     created_at: str | int | None = None
     cpu: float | int | None = None
     memory_mb: int | None = None

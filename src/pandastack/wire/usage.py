@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pandastack.wire.sandboxes import View
+
+Location = Literal["local", "store"]
 
 
 class SandboxUsage(View):
@@ -27,10 +31,11 @@ class SandboxUsage(View):
 
 
 class StateUsage(View):
-    """A saved state on disk."""
+    """A saved state on disk. Of one whose `location` is `store` only a little is: the object store has the rest."""
 
     own_bytes: int
     shared_bytes: int
+    location: Location = "local"
 
 
 class Quota(View):

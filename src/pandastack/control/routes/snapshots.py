@@ -40,6 +40,13 @@ async def get(here: Here, caller: Reader, snapshot_id: str) -> Response:
     return answers.json(view(row, await here.usages.of_snapshot(row)))
 
 
+@router.post("/snapshots/{snapshot_id}/offload", response_model=SnapshotView, operation_id="offloadSnapshot")
+async def offload(here: Here, caller: Writer, snapshot_id: str) -> Response:
+    """Its memory and its disk are in the object store when answered, and take no place on the machine; all else stays the same."""
+    row = await here.snapshots.offload(caller, snapshot_id)
+    return answers.json(view(row, await here.usages.of_snapshot(row)))
+
+
 @router.delete("/snapshots/{snapshot_id}", status_code=204, operation_id="deleteSnapshot")
 async def delete(here: Here, caller: Writer, snapshot_id: str) -> Response:
     """Sandboxes that were made from it stay."""

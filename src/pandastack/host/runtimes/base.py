@@ -23,7 +23,8 @@ class Capabilities:
     """Constant for the life of the process; reported upward with the host.
 
     `fixed_size`: a saved state is restored only with the CPUs and memory that it was saved with. `image`: a machine's root is a
-    raw ext4 image and not a directory.
+    raw ext4 image and not a directory. `memory_file` is the file of a saved state that machines map, and so read where they touch
+    it only; empty where a restore reads all of it.
     """
 
     snapshot: bool
@@ -31,6 +32,7 @@ class Capabilities:
     own_kernel: bool
     fixed_size: bool = False
     image: bool = False
+    memory_file: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,14 @@ class Channel:
     read_fd: int
     write_fd: int
     fresh: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySource:
+    """The file that a machine has mapped as its memory, under the name it had then, and the user as whom it reads it."""
+
+    file: Path
+    user: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +173,11 @@ class Machine(Protocol):
     @property
     def over(self) -> bool:
         """Whether it has ended, as of now."""
+        ...
+
+    @property
+    def memory_source(self) -> MemorySource | None:
+        """Where memory comes from that it has not touched yet; None where it has all of its own. Also after its end."""
         ...
 
     def let_go(self) -> None:

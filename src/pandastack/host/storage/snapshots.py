@@ -3,6 +3,7 @@
 Runs on a host; called by the conductor. Below `root`:
 
     <id>/manifest.json  ...    a durable state: the runtime's files, and what they are; it appears by one rename
+    <id>/away.json             where there is one, the files that it names are in the object store, see `offloads`
     .new/<id>/                 one being written, or what a killed one left; the next start clears it
 
 The order of `publish` is the promise: every file, then the manifest with their sizes and digests, then the folder, then its
@@ -21,24 +22,28 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Collection
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pandastack.errors import DiskFull, SnapshotNotFound, SnapshotUnusable
 from pandastack.host.storage import space
+from pandastack.host.storage.depot import Kept
 from pandastack.wire.ids import SandboxId, SnapshotId
 
 log = structlog.get_logger(__name__)
 
-_MANIFEST = "manifest.json"
+_MANIFEST, _AWAY = "manifest.json", "away.json"
 _NEW = ".new"
 _MAX_MANIFEST_BYTES = 16 << 20
 _WRITE_EVERY_S = 0.01
+_READERS_POLL_S = 0.05
 _BLOCK_BYTES, _PIECE_BYTES = 256 << 10, 8 << 20
 _DIGESTING = 2  # Threads; more would only take the processor from the sandboxes.
 _ZEROS = bytes(_BLOCK_BYTES)
@@ -47,6 +52,7 @@ _SYNC_FILE_RANGE_WRITE = 2  # From linux/fs.h: begin to write dirty pages, wait 
 _libc = ctypes.CDLL(None)
 
 Kind = Literal["snapshot", "hibernation"]
+S = TypeVar("S", bound=BaseModel)
 
 
 class _Shape(BaseModel):
@@ -92,11 +98,15 @@ class Manifest(_Shape):
 
 
 class Saved(_Shape):
-    """A durable state: `folder` holds the files that the runtime wrote. `size_bytes` is what they take on disk."""
+    """A durable state: `folder` holds the files that the runtime wrote. `size_bytes` is what they take on disk.
+
+    `away` are those of them that are in the object store instead.
+    """
 
     manifest: Manifest
     folder: Path
     size_bytes: int
+    away: Kept | None = None
 
 
 class Snapshots:
@@ -107,6 +117,7 @@ class Snapshots:
         self._below = below
         self._low_water_mib = low_water_mib
         self._known: dict[SnapshotId, Saved] = {}
+        self._readers: Counter[SnapshotId] = Counter()
 
     def open(self) -> None:
         """Read what there is. Unfinished ones are removed, unreadable ones stay where they are and are reported."""
@@ -119,10 +130,13 @@ class Snapshots:
                 continue
             try:
                 manifest = _read(folder)
+                away = _read_away(folder, manifest)
             except SnapshotUnusable as error:
                 log.error("a saved state is unreadable and is left alone", path=str(folder), error=error.message)
                 continue
-            self._known[manifest.id] = Saved(manifest=manifest, folder=folder, size_bytes=_allocated(folder))
+            if away is not None:
+                _drop(folder, away)  # A killed one may have come no further.
+            self._known[manifest.id] = Saved(manifest=manifest, folder=folder, size_bytes=_allocated(folder), away=away)
 
     def list(self, kind: Kind) -> list[Saved]:
         return [saved for saved in self._known.values() if saved.manifest.kind == kind]
@@ -202,13 +216,52 @@ class Snapshots:
     def space(self, snapshot_id: str) -> space.Space:
         """What a state takes of the disk; a file that another state has too is shared. Blocks briefly. Raises SnapshotNotFound."""
         saved = self.get(snapshot_id)
-        return space.of(*(saved.folder / name for name in (*saved.manifest.files, _MANIFEST)))
+        return space.of(*(saved.folder / name for name in (*saved.manifest.files, _MANIFEST, _AWAY)))
 
     async def check(self, snapshot_id: str) -> Saved:
-        """A state that is exactly what was saved. Raises SnapshotNotFound, SnapshotUnusable with its `reason`."""
+        """A state that is exactly what was saved, as far as it is here: what is in the object store is proved when it is read.
+
+        Raises SnapshotNotFound, SnapshotUnusable with its `reason`.
+        """
+        with self.reading(snapshot_id) as saved:
+            await asyncio.to_thread(_check, saved)
+            return saved
+
+    # Files that go to the object store
+
+    @contextlib.contextmanager
+    def reading(self, snapshot_id: str) -> Iterator[Saved]:
+        """A state whose files stay where they are while the block runs. Raises SnapshotNotFound."""
         saved = self.get(snapshot_id)
-        await asyncio.to_thread(_check, saved)
-        return saved
+        self._readers[saved.manifest.id] += 1
+        try:
+            yield saved
+        finally:
+            self._readers[saved.manifest.id] -= 1
+
+    @contextlib.asynccontextmanager
+    async def scratch(self) -> AsyncIterator[Path]:
+        """An empty folder beside the states, on their file system, for as long as the block lasts."""
+        folder = self._root / _NEW / uuid.uuid4().hex
+        await asyncio.to_thread(_fresh, folder)
+        try:
+            yield folder
+        finally:
+            await asyncio.shield(asyncio.to_thread(shutil.rmtree, folder, True))
+
+    async def send_away(self, snapshot_id: str, away: Kept) -> Saved:
+        """Remember, durably, that these files are in the object store, and remove them here when the last who reads them has done."""
+        saved = self.get(snapshot_id)
+        await asyncio.to_thread(_remember_away, saved.folder, away)
+        gone = saved.model_copy(update={"away": away})
+        self._known[saved.manifest.id] = gone
+        while self._readers[saved.manifest.id]:  # noqa: ASYNC110 - seldom, and each event for it would have to be made and kept
+            await asyncio.sleep(_READERS_POLL_S)
+        await asyncio.to_thread(_drop, saved.folder, away)
+        if self._known.get(saved.manifest.id) is not gone:
+            raise SnapshotNotFound("the snapshot was deleted meanwhile", snapshot_id=snapshot_id)
+        gone = self._known[saved.manifest.id] = gone.model_copy(update={"size_bytes": _allocated(saved.folder)})
+        return gone
 
     async def delete(self, snapshot_id: str) -> None:
         """Idempotent. After a power cut it may be back; whoever keeps the records deletes it again."""
@@ -302,38 +355,73 @@ def _sync(*paths: Path) -> None:
             os.close(fd)
 
 
-def _write(path: Path, manifest: Manifest) -> None:
-    body = manifest.model_dump_json().encode()
+def _write(path: Path, shape: BaseModel) -> None:
+    body = shape.model_dump_json().encode()
     path.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
     _sync(path)
 
 
 def _read(folder: Path) -> Manifest:
     """The manifest of a folder. Raises SnapshotUnusable."""
-    try:
-        with (folder / _MANIFEST).open("rb") as file:
-            digest, _, body = file.read(_MAX_MANIFEST_BYTES).partition(b"\n")
-    except OSError as error:
-        raise _unusable("missing", "its manifest cannot be read") from error
-    if hashlib.sha256(body).hexdigest().encode() != digest:
-        raise _unusable("damaged", "its manifest was changed")
-    try:
-        manifest = Manifest.model_validate_json(body)
-    except ValidationError as error:
-        raise _unusable("foreign", "its manifest is of a format that this version does not know") from error
+    manifest = _read_shape(folder / _MANIFEST, Manifest, "its manifest")
     if manifest.id != folder.name:
         raise _unusable("foreign", "it is the copy of another snapshot")
     return manifest
+
+
+def _read_shape(path: Path, shape: type[S], what: str) -> S:
+    """What `_write` wrote. Raises SnapshotUnusable."""
+    try:
+        with path.open("rb") as file:
+            digest, _, body = file.read(_MAX_MANIFEST_BYTES).partition(b"\n")
+    except OSError as error:
+        raise _unusable("missing", f"{what} cannot be read") from error
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise _unusable("damaged", f"{what} was changed")
+    try:
+        return shape.model_validate_json(body)
+    except ValidationError as error:
+        raise _unusable("foreign", f"{what} is of a format that this version does not know") from error
+
+
+def _read_away(folder: Path, manifest: Manifest) -> Kept | None:
+    """What of a state is in the object store; None where all of it is here. Raises SnapshotUnusable."""
+    if not (folder / _AWAY).exists():
+        return None
+    away = _read_shape(folder / _AWAY, Kept, "the list of what is in the object store")
+    for name, index in away.files.items():
+        if name not in manifest.files:
+            raise _unusable("foreign", f"{name} is none of its files")
+        _expect(name, manifest.files[name], index.size)
+    return away
+
+
+def _remember_away(folder: Path, away: Kept) -> None:
+    try:
+        _write(folder / f"{_AWAY}.new", away)
+        (folder / f"{_AWAY}.new").replace(folder / _AWAY)
+        _sync(folder)
+    except OSError as error:
+        (folder / f"{_AWAY}.new").unlink(missing_ok=True)
+        raise DiskFull("where the saved state is could not be written to disk", hint="free space", detail=str(error)) from error
+
+
+def _drop(folder: Path, away: Kept) -> None:
+    for name in away.files:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _check(saved: Saved) -> None:
     manifest = _read(saved.folder)
     if manifest != saved.manifest:
         raise _unusable("foreign", "its manifest was replaced")
-    for name, expected in manifest.files.items():
+    if _read_away(saved.folder, manifest) != saved.away:
+        raise _unusable("foreign", "the list of what is in the object store was replaced")
+    here = {name: file for name, file in manifest.files.items() if saved.away is None or name not in saved.away.files}
+    for name, expected in here.items():
         _expect(name, expected, _sized(saved.folder / name))
     with ThreadPoolExecutor(_DIGESTING) as pool:
-        for name, expected in manifest.files.items():
+        for name, expected in here.items():
             if _measure(saved.folder / name, pool, pieced=expected.pieced) != expected:
                 raise _unusable("damaged", f"{name} was changed")
 

@@ -46,6 +46,12 @@ def delete(snapshot_id: str) -> Call[None]:
     return Call(build("DELETE", f"/snapshots/{segment(snapshot_id)}"), nothing)
 
 
+def offload(snapshot_id: str) -> Call[Snapshot]:
+    """Repeated after a lost answer: what is in the object store already is not sent again."""
+    request = build("POST", f"/snapshots/{segment(snapshot_id)}/offload", read_s=SNAPSHOT_READ_S, safe_to_repeat=True)
+    return Call(request, lambda answer: _snapshot(answer.json()))
+
+
 def id_of(point: str | Snapshot) -> str:
     return point if isinstance(point, str) else point.id
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pandastack.errors import GuestError, GuestGone, PandastackError, RuntimeFailed
-from pandastack.host.runtimes.base import Capabilities, Channel, EndReason, MachineId, MachineSpec, Memory, Probe, Usage
+from pandastack.host.runtimes.base import Capabilities, Channel, EndReason, MachineId, MachineSpec, Memory, MemorySource, Probe, Usage
 from pandastack.host.runtimes.fake.guest import FakeGuest
 
 _SAVED, _MARK, _MADE_ON = "state", "fake-machine", "made-on"
@@ -157,6 +157,10 @@ class FakeMachine:
     @property
     def over(self) -> bool:
         return self._over is not None
+
+    @property
+    def memory_source(self) -> MemorySource | None:
+        return None
 
     def let_go(self) -> None:
         """Nothing: both ends live in this process."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pandastack.errors import RuntimeFailed
 from pandastack.host.runtimes import cgroups, memory
-from pandastack.host.runtimes.base import Channel, EndReason, MachineSpec, Memory, Usage
+from pandastack.host.runtimes.base import Channel, EndReason, MachineSpec, Memory, MemorySource, Usage
 from pandastack.host.runtimes.waiting import to_the_end
 
 if TYPE_CHECKING:
@@ -211,6 +211,10 @@ class GvisorMachine:
     @property
     def over(self) -> bool:
         return not self._pidfds or any(_has_ended(pidfd) for pidfd in self._pidfds)
+
+    @property
+    def memory_source(self) -> MemorySource | None:
+        return None
 
     def let_go(self) -> None:
         if self.stdio is not None:

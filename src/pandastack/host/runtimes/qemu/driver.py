@@ -28,7 +28,7 @@ from pandastack.host.runtimes.base import Capabilities, MachineId, MachineSpec, 
 from pandastack.host.runtimes.qemu import capture, command, launch
 from pandastack.host.runtimes.qemu.command import Acceleration
 from pandastack.host.runtimes.qemu.launch import Process
-from pandastack.host.runtimes.qemu.machine import QemuMachine
+from pandastack.host.runtimes.qemu.machine import MEMORY, QemuMachine
 from pandastack.host.runtimes.waiting import to_the_end
 
 KVM = Path("/dev/kvm")
@@ -61,7 +61,7 @@ class QemuRuntime:
 
     name = "qemu"
     isolation = "microvm"
-    capabilities = Capabilities(snapshot=True, fork_memory=True, own_kernel=True, fixed_size=True, image=True)
+    capabilities = Capabilities(snapshot=True, fork_memory=True, own_kernel=True, fixed_size=True, image=True, memory_file=MEMORY)
 
     def __init__(
         self,

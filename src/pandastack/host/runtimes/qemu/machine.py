@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pandastack.errors import DiskFull, RuntimeFailed
 from pandastack.host.runtimes import cgroups, memory
-from pandastack.host.runtimes.base import Channel, EndReason, MachineSpec, Memory, Usage
+from pandastack.host.runtimes.base import Channel, EndReason, MachineSpec, Memory, MemorySource, Usage
 from pandastack.host.runtimes.qemu import client, command, dirty, launch, mapping, taking
 from pandastack.host.runtimes.qemu.launch import Process
 from pandastack.host.runtimes.waiting import InThread, to_the_end
@@ -54,6 +54,7 @@ class QemuMachine:
         self._process: Process | None = None
         self._address = 0  # of the guest's memory in QEMU's
         self._base_fd: int | None = None  # The file that its memory was restored from.
+        self._base_name: Path | None = None
         self._running = False
         self._stopped = False
         self._frozen = False
@@ -131,7 +132,7 @@ class QemuMachine:
                     qmp.call("cont")
             self._address = int(record["address"])
             if record["restored"]:
-                self._base_fd = _mapped(process.pid, self._address, self.size.memory_bytes)
+                self._rest_on(_mapped(process.pid, self._address, self.size.memory_bytes))
             self._runtime.remember(self.spec.id, Path(f"/proc/{process.pid}").stat().st_uid)
         except (RuntimeFailed, OSError) as error:
             _log.warning("machine %s cannot be taken over: %s", self.spec.id, error)
@@ -238,11 +239,15 @@ class QemuMachine:
             except (RuntimeFailed, KeyError, TypeError) as error:
                 detail = process.last_words() or (error.fields.get("detail") or error.message if isinstance(error, RuntimeFailed) else "")
                 raise RuntimeFailed("the saved state cannot be restored", detail=detail) from error
-            self._base_fd = os.dup(memory_fd)
+            self._rest_on(os.dup(memory_fd))
             self._running = True
             # What it had said to the host of its parent may still be under way.
             self._connected = True
             self._record(process, laps)
+
+    def _rest_on(self, fd: int) -> None:
+        self._base_fd = fd
+        self._base_name = Path(f"/proc/self/fd/{fd}").readlink()
 
     def _facts(self, snapshot: Path) -> dict[str, Any]:
         """What a saved state says of itself, if this machine fits it."""
@@ -456,6 +461,10 @@ class QemuMachine:
     @property
     def over(self) -> bool:
         return self._process is None or self._process.over
+
+    @property
+    def memory_source(self) -> MemorySource | None:
+        return None if self._base_name is None else MemorySource(file=self._base_name, user=self._runtime.uid(self.spec.id))
 
     def let_go(self) -> None:
         if self._process is not None:
