@@ -97,6 +97,7 @@ def test_a_release_is_checked_and_installed(releases: Releases, prefix: Path) ->
     assert left(prefix / f"v{VERSION}") == ["firecracker", "jailer"]
     assert "published beside it" in said[1]
     assert "not of one that was exchanged" in said[1]
+    assert "no seccomp filters" in said[2], "it is a script"
 
 
 def test_installing_again_replaces_it(releases: Releases, prefix: Path) -> None:

@@ -17,12 +17,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import httpx2
+from typing import TYPE_CHECKING
 
 from pandastack.errors import HostUnfit
 from pandastack.host.runtimes.firecracker import command
 from pandastack.host.runtimes.firecracker.command import Binaries
+
+if TYPE_CHECKING:
+    import httpx2
 
 # The newest release when this was written. Its checksum is the one that is published beside it.
 VERSION = "1.16.1"
@@ -61,6 +63,8 @@ def install(prefix: Path, *, path: Path | None = None, releases: str = RELEASES,
         else:
             _fetch(f"{releases.rstrip('/')}/v{VERSION}/firecracker-v{VERSION}-x86_64.tgz", work, say)
         version = _checked(Binaries(firecracker=work / "firecracker", jailer=work / "jailer"))
+        if not command.has_filters((work / "firecracker").read_bytes()):
+            say("this build has no seccomp filters, because it is none for musl: no sandbox will run on it")
         folder = prefix / f"v{version}"
         made = work / "made"
         made.mkdir(mode=0o755)
@@ -115,10 +119,16 @@ def beside(firecracker: Path) -> Path:
 
 
 def _fetch(address: str, work: Path, say: Callable[[str], None]) -> None:
+    # Only here: the host, which looks for what is installed when it starts, has no other use for it.
+    import httpx2
+
     say(f"fetching {address}")
-    with httpx2.Client(timeout=_TIMEOUT_S, follow_redirects=True) as client:
-        published = _received(client, f"{address}.sha256.txt", 4096).decode("ascii", "replace").split()
-        archive = _received(client, address, _MOST_BYTES)
+    try:
+        with httpx2.Client(timeout=_TIMEOUT_S, follow_redirects=True) as client:
+            published = _received(client, f"{address}.sha256.txt", 4096).decode("ascii", "replace").split()
+            archive = _received(client, address, _MOST_BYTES)
+    except httpx2.HTTPError as error:
+        raise HostUnfit(f"{address} cannot be fetched ({error or type(error).__name__})", hint=_REMEDY) from error
     digest = hashlib.sha256(archive).hexdigest()
     if not published or not re.fullmatch("[0-9a-f]{64}", published[0]):
         raise HostUnfit(f"{address}.sha256.txt is no checksum", hint=_REMEDY)
@@ -141,16 +151,13 @@ def _fetch(address: str, work: Path, say: Callable[[str], None]) -> None:
 
 def _received(client: httpx2.Client, address: str, most_bytes: int) -> bytes:
     received = bytearray()
-    try:
-        with client.stream("GET", address) as response:
-            if response.status_code != httpx2.codes.OK:
-                raise HostUnfit(f"{address} cannot be fetched (HTTP {response.status_code})", hint=_REMEDY)
-            for piece in response.iter_bytes():
-                received += piece
-                if len(received) > most_bytes:
-                    raise HostUnfit(f"{address} is far larger than it should be", hint=_REMEDY)
-    except httpx2.HTTPError as error:
-        raise HostUnfit(f"{address} cannot be fetched ({error or type(error).__name__})", hint=_REMEDY) from error
+    with client.stream("GET", address) as response:
+        if not response.is_success:
+            raise HostUnfit(f"{address} cannot be fetched (HTTP {response.status_code})", hint=_REMEDY)
+        for piece in response.iter_bytes():
+            received += piece
+            if len(received) > most_bytes:
+                raise HostUnfit(f"{address} is far larger than it should be", hint=_REMEDY)
     return bytes(received)
 
 
