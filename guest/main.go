@@ -184,7 +184,13 @@ func serveEach(server *session.Server, carrier session.Carrier, next func() conn
 func serveDevices(server *session.Server) {
 	listener, err := carriers.ListenVsock(vsockPort)
 	if err == nil {
-		go serveEach(server, overVM, func() connection { return listener.Accept() })
+		links := carriers.NewLinks()
+		go func() {
+			for {
+				go links.Take(listener.Accept())
+			}
+		}()
+		go serveEach(server, overVM, func() connection { return links.Next() })
 		if !carriers.HasPorts("/sys") {
 			return
 		}

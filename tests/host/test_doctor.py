@@ -164,7 +164,7 @@ def test_without_root_what_needs_it_is_left_out_and_said(monkeypatch: pytest.Mon
     assert "sudo" in (by_name["root"].hint or "")
     assert all(by_name[name].ok is None and "not root" in by_name[name].detail for name in ("cgroups", "disks", "reflink"))
     assert report.auto is None
-    assert {runtime.name for runtime in report.runtimes} == {"gvisor", "qemu"}
+    assert {runtime.name for runtime in report.runtimes} == {"gvisor", "qemu", "firecracker"}
     assert all(not runtime.works and runtime.hint for runtime in report.runtimes)
     assert not settings.data_dir.exists()
 
@@ -307,7 +307,7 @@ def test_a_real_run_tells_the_truth_and_leaves_nothing(tmp_path: Path):
     report = Report.model_validate_json(done.stdout)
     assert (done.returncode == 0) == (report.auto is not None) == any(runtime.works for runtime in report.runtimes)
     by_name = {runtime.name: runtime for runtime in report.runtimes}
-    assert set(by_name) == {"gvisor", "qemu"}
+    assert set(by_name) == {"gvisor", "qemu", "firecracker"}
     # A missing QEMU is told, and no failure of a host on which gVisor works.
     assert by_name["qemu"].works or by_name["qemu"].hint
     if by_name["qemu"].works:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from pandastack.errors import RuntimeFailed
+from pandastack.host.runtimes.pages import PAGE_BYTES
 from pandastack.host.runtimes.qemu import capture
-from pandastack.host.runtimes.qemu.capture import PAGE_BYTES, Arena, Arenas, Run
+from pandastack.host.runtimes.qemu.capture import Arena, Arenas, Run
 from pandastack.host.storage import space
 
 PAGES = 4096

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pandastack.host.runtimes.base import Limits
+from pandastack.host.runtimes.microvms import Size
 from pandastack.host.runtimes.qemu import command
-from pandastack.host.runtimes.qemu.command import Boot, Jail, Size
+from pandastack.host.runtimes.qemu.command import Boot, Jail
 
 ONE = Size(cpus=1, memory_mib=256)
 BOOT = Boot(vmlinux_fd=7, initramfs_fd=8, serial_fd=9, arguments="quiet x=1")

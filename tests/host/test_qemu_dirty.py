@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from pandastack.errors import RuntimeFailed
+from pandastack.host.runtimes.pages import PAGE_BYTES
 from pandastack.host.runtimes.qemu import capture, dirty, mapping
-from pandastack.host.runtimes.qemu.capture import PAGE_BYTES, Arena, Run
+from pandastack.host.runtimes.qemu.capture import Arena, Run
 
 PAGES = 2048
 SIZE = PAGES * PAGE_BYTES

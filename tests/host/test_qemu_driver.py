@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from pandastack.errors import HostUnfit, RuntimeFailed
-from pandastack.host.runtimes.qemu import driver, launch
+from pandastack.host.runtimes import launch, microvms, users
+from pandastack.host.runtimes.launch import Process
+from pandastack.host.runtimes.qemu import driver
 from pandastack.host.runtimes.qemu.driver import QemuRuntime, Verdict
-from pandastack.host.runtimes.qemu.launch import Process
 from pandastack.host.storage import space
 
 
@@ -43,7 +44,7 @@ def spawned() -> Iterator[list[Process]]:
 
 
 def _spawn(spawned: list[Process], script: str) -> Process:
-    spawned.append(Process.spawn(["sh", "-c", script], []))
+    spawned.append(Process.spawn("QEMU", ["sh", "-c", script], []))
     return spawned[-1]
 
 
@@ -81,13 +82,13 @@ class TestVerdicts:
         runtime._digest = "another"
         assert (await runtime.probe()).key != key
         assert len(trials) == 4
-        monkeypatch.setattr(launch, "boot_id", lambda: "another")
+        monkeypatch.setattr(microvms, "boot_id", lambda: "another")
         await runtime.probe()
         assert len(trials) == 6
 
     @pytest.mark.anyio
     async def test_old_answers_are_removed(self, runtime: QemuRuntime, trials: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(driver, "_VERDICTS_KEPT", 2)
+        monkeypatch.setattr(microvms, "_VERDICTS_KEPT", 2)
         for number in range(4):
             runtime._digest = str(number)
             await runtime.probe()
@@ -124,21 +125,21 @@ class TestVerdicts:
 
 class TestUsers:
     def test_each_machine_has_one_of_its_own_and_keeps_it(self, runtime: QemuRuntime) -> None:
-        uids = {name: runtime.uid(name) for name in ("a", "b", "c")}
+        uids = {name: runtime.users.of(name) for name in ("a", "b", "c")}
         assert len(set(uids.values())) == 3
         assert all(0x7000_0000 <= uid <= 0x7FFF_FFFF for uid in uids.values())
-        runtime.forget("a")
-        assert uids == {name: runtime.uid(name) for name in ("c", "b", "a")}
+        runtime.users.forget("a")
+        assert uids == {name: runtime.users.of(name) for name in ("c", "b", "a")}
 
     def test_that_of_a_machine_of_an_earlier_life_is_taken(self, runtime: QemuRuntime) -> None:
-        uid = runtime.uid("a")
-        runtime.forget("a")
-        runtime.remember("other", uid)
-        assert runtime.uid("a") == uid + 1
+        uid = runtime.users.of("a")
+        runtime.users.forget("a")
+        runtime.users.remember("other", uid)
+        assert runtime.users.of("a") == uid + 1
 
     def test_two_are_never_equal(self, runtime: QemuRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(driver, "_UIDS", 0x1F)
-        assert len({runtime.uid(str(number)) for number in range(20)}) == 20
+        monkeypatch.setattr(users, "_UIDS", 0x1F)
+        assert len({runtime.users.of(str(number)) for number in range(20)}) == 20
 
 
 class TestClock:
@@ -168,23 +169,23 @@ class TestProcess:
 
     def test_it_is_found_again_by_pid_and_start(self, spawned: list[Process]) -> None:
         process = _spawn(spawned, "exec sleep 60")
-        found = Process.found(process.pid, process.started)
+        found = Process.found("QEMU", process.pid, process.started)
         assert found is not None
         found.close()
-        assert Process.found(process.pid, process.started + 1) is None
+        assert Process.found("QEMU", process.pid, process.started + 1) is None
         process.kill()
-        assert Process.found(process.pid, process.started) is None
+        assert Process.found("QEMU", process.pid, process.started) is None
 
     def test_a_program_that_is_missing(self) -> None:
         with pytest.raises(RuntimeFailed):
-            Process.spawn(["/nonexistent"], [])
+            Process.spawn("QEMU", ["/nonexistent"], [])
 
     def test_it_lives_on_without_a_word(self, spawned: list[Process], recwarn: pytest.WarningsRecorder) -> None:
-        process = Process.spawn(["sleep", "60"], [])
+        process = Process.spawn("QEMU", ["sleep", "60"], [])
         pid, started = process.pid, process.started
         process.close()
         del process
-        found = Process.found(pid, started)
+        found = Process.found("QEMU", pid, started)
         assert found is not None
         spawned.append(found)
         assert not recwarn.list

@@ -23,6 +23,7 @@ from pandastack.bench.guest_session import GuestSession
 from pandastack.errors import HostUnfit
 from pandastack.host.runtimes import cgroups
 from pandastack.host.runtimes.base import Limits
+from pandastack.host.runtimes.microvms import Size
 from pandastack.host.runtimes.qemu import command
 
 _GROUP = "pandastack-bench"
@@ -59,7 +60,7 @@ def command_line(kit: Kit, limits: Limits, folder: Path, *, memory: Memory | Non
 
     Pure. Devices and their order are the same each time, for states only fit the machine that they were saved from.
     """
-    size = command.Size.of(limits)
+    size = Size.of(limits)
     accelerator = "kvm" if kit.acceleration == "kvm" else f"tcg,thread={'single' if size.cpus == 1 else 'multi'}"
     backend = f"memory-backend-ram,id=ram0,size={size.memory_mib}M"
     if memory is not None:
@@ -173,7 +174,7 @@ class Machine:
             os.truncate(self.folder / "disk", max(limits.disk_mib << 20, disk.stat().st_size))
             cgroup = cgroups.MachineCgroup(cgroups.detect(), _GROUP, name)
             undo.callback(cgroup.remove)
-            size = command.Size.of(limits)
+            size = Size.of(limits)
             memory_mib = size.memory_mib + command.OVERHEAD_MIB[kit.acceleration]
             cgroup.create(memory_mib=memory_mib, cpu=limits.cpu, tasks=command.TASKS + size.cpus)
             self._process = subprocess.Popen(

@@ -11,6 +11,7 @@ from pandastack.cli import (
     console,
     diff,
     files,
+    host,
     local,
     processes,
     sandboxes,
@@ -37,6 +38,7 @@ app.add_typer(files.app, name="fs")
 app.add_typer(templates.app, name="template")
 app.add_typer(tokens.app, name="token")
 app.add_typer(storage.app, name="storage")
+app.add_typer(host.app, name="host")
 app.add_typer(selftest.app, name="selftest")
 app.command()(usage.usage)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(local.bench)

@@ -1,8 +1,9 @@
-"""`python -m pandastack.host doctor|setup|storage`; what the command line starts.
+"""`python -m pandastack.host doctor|setup|install|storage`; what the command line starts.
 
 doctor: exit code 0 when some runtime works, else 1; with --security 1 when something of the production checklist fails. setup: fetches
-what this host lacks (runsc, and a guest kernel where there is QEMU) into the cache directory, lines of progress on stderr, the path of
-runsc on stdout. storage init: makes a pool, its file on stdout. storage status: what takes the disk. Wrong usage: 2.
+what this host lacks (runsc, and a guest kernel where there are programs for microVMs) into the cache directory, lines of progress on
+stderr, the path of runsc on stdout. install firecracker: its path on stdout. storage init: makes a pool, its file on stdout. storage
+status: what takes the disk. Wrong usage: 2.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pandastack.errors import HostUnfit, PandastackError
-from pandastack.host import app, doctor, fetch_runsc, hardening, lock, runtimes_here
+from pandastack.host import app, doctor, fetch_firecracker, fetch_runsc, hardening, lock, runtimes_here
 from pandastack.host.settings import HostSettings, read
 from pandastack.host.storage import space, status
 from pandastack.host.storage.pool import Pool
@@ -31,6 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     examined.add_argument("--json", action="store_true")
     examined.add_argument("--security", action="store_true", help="the production checklist instead")
     verbs.add_parser("setup", help="fetch runsc into the cache directory when there is none")
+    install = verbs.add_parser("install", help="put a runtime into the cache directory")
+    install.add_argument("runtime", choices=["firecracker"])
+    install.add_argument("--path", type=Path, help="a Firecracker with its jailer beside it, or the folder of a release")
+    install.add_argument("--releases", default=fetch_firecracker.RELEASES, help="another address of Firecracker's releases")
     storage = verbs.add_parser("storage", help="what takes the disk, and a pool whose files share blocks").add_subparsers(
         dest="action", required=True
     )
@@ -47,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.verb == "storage":
             settings = read(data_dir=arguments.data_dir) if arguments.data_dir is not None else settings
             return _storage_init(settings, arguments) if arguments.action == "init" else _storage_status(settings, arguments.json)
+        if arguments.verb == "install":
+            return _install(settings, arguments)
         if arguments.verb == "doctor" and arguments.security:
             return _checklist(settings, arguments.json)
         return asyncio.run(_until_signal(_doctor(settings, arguments.json) if arguments.verb == "doctor" else _setup(settings)))
@@ -97,7 +104,9 @@ async def _setup(settings: HostSettings) -> int:
 
 async def _guest_kernel(settings: HostSettings) -> None:
     """What microVMs boot, where there may be some. That it cannot be had is told, and no failure: gVisor does not need it."""
-    if "qemu" not in runtimes_here.wanted(settings) or runtimes_here.qemu(settings) is None:
+    wanted = runtimes_here.wanted(settings)
+    found = {"qemu": runtimes_here.qemu(settings), "firecracker": runtimes_here.firecracker(settings)}
+    if not any(name in wanted and program is not None for name, program in found.items()):
         return
     try:
         guest, _ = await asyncio.to_thread(app.guest_directory, settings.cache_dir / "guest")
@@ -105,6 +114,15 @@ async def _guest_kernel(settings: HostSettings) -> None:
         _say(f"the guest kernel for microVMs is {kernel.version}")
     except (HostUnfit, OSError) as error:
         _say(f"there will be no microVMs, for want of a guest kernel: {error}")
+
+
+def _install(settings: HostSettings, arguments: argparse.Namespace) -> int:
+    prefix = settings.cache_dir / "firecracker"
+    made = fetch_firecracker.install(prefix, path=arguments.path, releases=arguments.releases, say=_say)
+    if settings.firecracker is not None:
+        _say(f"PANDASTACK_FIRECRACKER names another one, which is used instead: {settings.firecracker}")
+    sys.stdout.write(f"{made.firecracker}\n")
+    return 0
 
 
 def _storage_init(settings: HostSettings, arguments: argparse.Namespace) -> int:

@@ -11,16 +11,17 @@ from pathlib import Path
 from shutil import which
 
 from pandastack.errors import HostUnfit
-from pandastack.host import fetch_runsc, kernels, kvm
+from pandastack.host import fetch_firecracker, fetch_runsc, kernels, kvm
 from pandastack.host.backends import Found, Offer
 from pandastack.host.keeper import Keeper
 from pandastack.host.runtimes.base import Probe
+from pandastack.host.runtimes.firecracker.command import Binaries
+from pandastack.host.runtimes.firecracker.driver import FirecrackerRuntime
 from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
 from pandastack.host.runtimes.qemu.driver import QemuRuntime
 from pandastack.host.settings import HostSettings
 from pandastack.host.storage import space
 from pandastack.host.storage.roots import Roots
-from pandastack.wire.isolation import RUNTIMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,7 @@ def wanted(settings: HostSettings) -> Sequence[str]:
     names = [name.strip() for name in settings.runtimes.split(",") if name.strip()]
     for name in names:
         if name not in _OFFERS:
-            what = "is not in this version" if name in RUNTIMES else "is unknown"
-            raise HostUnfit(f"PANDASTACK_RUNTIMES: {name!r} {what}", hint=f"name some of: {', '.join(_OFFERS)}")
+            raise HostUnfit(f"PANDASTACK_RUNTIMES: {name!r} is unknown", hint=f"name some of: {', '.join(_OFFERS)}")
     return names or list(_OFFERS)
 
 
@@ -103,6 +103,43 @@ async def _qemu(here: Surroundings) -> Offer:
     return Offer(name="qemu", isolation="microvm", own_kernel=True, acceleration=best, find=find, rootfs=Roots(here.roots).ensure)
 
 
+async def _firecracker(here: Surroundings) -> Offer:
+    settings = here.settings
+    binaries = firecracker(settings)
+
+    async def find() -> Found:
+        """Firecracker with a guest kernel, where that runs on KVM."""
+        if binaries is None:
+            hint = "run `pandastack host install firecracker`, or set PANDASTACK_FIRECRACKER"
+            return None, Probe(works=False, reason="Firecracker is not installed", hint=hint)
+        if not await kvm.hopeful():
+            return None, Probe(works=False, reason="it needs a /dev/kvm on which guests run", hint="see `pandastack doctor`, kvm")
+        kernel = await guest_kernel(settings, here.guest, say=here.say, fetch=here.fetch)
+        runtime = FirecrackerRuntime(
+            binaries,
+            vmlinux=kernel.vmlinux,
+            initramfs=kernel.initramfs,
+            digest=kernel.digest,
+            root=here.run_dir / "fc",
+            group=f"{here.group}-firecracker",
+            clone=space.clone,
+            cache=settings.cache_dir / "firecracker",
+        )
+        return runtime, await runtime.probe()
+
+    # Where it cannot work, that is known at once, and nobody who asks for the strongest waits for it.
+    at_once = binaries is None or not await kvm.hopeful()
+    return Offer(
+        name="firecracker",
+        isolation="microvm",
+        own_kernel=True,
+        acceleration="kvm",
+        find=find,
+        at_once=at_once,
+        rootfs=Roots(here.roots).ensure,
+    )
+
+
 async def guest_kernel(settings: HostSettings, guest: Path, *, say: Callable[[str], None], fetch: bool = True) -> kernels.Kernel:
     """What microVMs boot, with the daemon in the folder `guest`. As `kernels.ensure`."""
     prefix = settings.cache_dir / "kernels"
@@ -115,4 +152,9 @@ def qemu(settings: HostSettings) -> Path | None:
     return Path(found) if found else None
 
 
-_OFFERS: dict[str, Callable[[Surroundings], Awaitable[Offer]]] = {"gvisor": _gvisor, "qemu": _qemu}
+def firecracker(settings: HostSettings) -> Binaries | None:
+    """The Firecracker to use, with its jailer; see `fetch_firecracker.find`."""
+    return fetch_firecracker.find(settings.firecracker, settings.jailer, settings.cache_dir / "firecracker")
+
+
+_OFFERS: dict[str, Callable[[Surroundings], Awaitable[Offer]]] = {"gvisor": _gvisor, "qemu": _qemu, "firecracker": _firecracker}

@@ -25,6 +25,8 @@ class HostSettings(BaseSettings):
     min_isolation: Minimum = Field(default="none", description="what isolates less is refused, and never chosen by `auto`")
     runsc: Path | None = Field(default=None, description="the runsc to use instead of the one on PATH or Debian's")
     qemu: Path | None = Field(default=None, description="the QEMU to use instead of the one on PATH")
+    firecracker: Path | None = Field(default=None, description="the Firecracker to use instead of the installed one or that on PATH")
+    jailer: Path | None = Field(default=None, description="its jailer, where that is not beside it")
     kernel: Path | None = Field(
         default=None, description="a package file (.deb) of Debian's cloud kernel, for microVMs, instead of fetching one"
     )

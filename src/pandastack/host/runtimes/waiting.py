@@ -1,9 +1,9 @@
-"""Waiting for blocking work of a driver."""
+"""Waiting for the work of a driver, to its end."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any
@@ -11,7 +11,12 @@ from typing import Any
 
 async def to_the_end(work: Callable[..., None], *arguments: Any) -> None:
     """Run blocking work in a thread. When this is cancelled the thread is waited for: it must not make things after their undo."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    await finished(asyncio.to_thread(work, *arguments))
+
+
+async def finished(work: Coroutine[Any, Any, None]) -> None:
+    """Wait until it is finished, also when this is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:

@@ -9,7 +9,6 @@ Source: Linux Documentation/admin-guide/mm/pagemap.rst.
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap
 import os
 import re
@@ -20,22 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pandastack.errors import RuntimeFailed
+from pandastack.host.runtimes.pages import PAGE_BYTES, ZEROS, clear
 
-PAGE_BYTES = 4096
 _ENTRY_BYTES = 8
 # The highest byte of an entry: 0x80 present, 0x40 swapped, 0x20 a page of a file or of shared memory.
 _OWN = bytes(bool(b & 0xC0 and not b & 0x20) for b in range(256))
 # The one below: 0x80 written since somebody cleared it.
 _WRITTEN = bytes(bool(b & 0x80) for b in range(256))
 _RUNS = re.compile(b"\1+")
-_ZEROS = bytes(PAGE_BYTES)
 _PIECES = 1024  # IOV_MAX
 _KEEP_BYTES = 256 << 20
-_PUNCH_AND_KEEP_SIZE = 0x03  # linux/falloc.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.process_vm_readv.restype = ctypes.c_ssize_t
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 class _Piece(ctypes.Structure):
@@ -139,11 +135,11 @@ class Arena:
         view = memoryview(self._memory)
         position = at
         for run in runs:
-            begin, empty = 0, self._memory[position : position + PAGE_BYTES] == _ZEROS
+            begin, empty = 0, self._memory[position : position + PAGE_BYTES] == ZEROS
             for offset in range(PAGE_BYTES, run.length + PAGE_BYTES, PAGE_BYTES):
                 here = position + offset
                 last = offset >= run.length
-                now = empty if last else self._memory[here : here + PAGE_BYTES] == _ZEROS
+                now = empty if last else self._memory[here : here + PAGE_BYTES] == ZEROS
                 if now != empty or last:
                     yield run.offset + begin, None if empty else view[position + begin : here], offset - begin
                     begin, empty = offset, now
@@ -177,7 +173,7 @@ def write(arena: Arena, runs: Sequence[Run], target: Path, *, at: int = 0) -> in
     try:
         for offset, content, size in arena.pieces(runs, at=at):
             if content is None:
-                _clear(fd, offset, size)
+                clear(fd, offset, size)
                 continue
             done = 0
             while done < size:
@@ -186,21 +182,6 @@ def write(arena: Arena, runs: Sequence[Run], target: Path, *, at: int = 0) -> in
     finally:
         os.close(fd)
     return written
-
-
-def _clear(fd: int, offset: int, length: int) -> None:
-    try:
-        if os.lseek(fd, offset, os.SEEK_DATA) >= offset + length:
-            return
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # No data from there to the end.
-            return
-        raise
-    if _libc.fallocate(fd, _PUNCH_AND_KEEP_SIZE, offset, length) != 0:
-        number = ctypes.get_errno()
-        if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
-            raise OSError(number, os.strerror(number))
-        os.pwrite(fd, bytes(length), offset)
 
 
 def _populated(size_bytes: int) -> mmap.mmap:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import shlex
 from collections.abc import Collection, Sequence
@@ -16,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pandastack.host.runtimes.base import Limits
+from pandastack.host.runtimes import launch
+from pandastack.host.runtimes.microvms import Size
 
 Acceleration = Literal["kvm", "tcg"]
 
@@ -32,27 +32,8 @@ TASKS = 128
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _FORMAT = "1"  # of saved states: raise it when old ones shall not be used any more
 
-# Joins the cgroup before anything else runs, then becomes what it was told. `0` is the writer itself, in v1 and v2.
-_JOIN = 'while [ "$1" != -- ]; do echo 0 >"$1" || exit 1; shift; done; shift; ulimit -c 0; exec "$@"'
 # What a boot reads, by its name in the jail.
 _KERNEL, _INITRAMFS = "vmlinux", "initramfs"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """What a saved state fits: whole CPUs and MiB of memory."""
-
-    cpus: int
-    memory_mib: int
-
-    @classmethod
-    def of(cls, limits: Limits) -> Size:
-        """A part of a CPU is a whole one for the guest; its cgroup holds the limit."""
-        return cls(cpus=max(1, math.ceil(limits.cpu)), memory_mib=limits.memory_mib)
-
-    @property
-    def memory_bytes(self) -> int:
-        return self.memory_mib << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,14 +180,14 @@ def confined(
 
     With `kvm` it has a device node that this user may open; with `boot` it finds the kernel that its command line names.
     """
-    return [
-        *("sh", "-c", _JOIN, "sh", *map(str, joins), "--"),
+    argv = [
         *("unshare", "--mount", "--ipc", "--uts", "--net", "--"),
         *("sh", "-c", jail.script(kvm=kvm, boot=boot), "sh"),
         *("setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"),
         *("--bounding-set=-all", "--inh-caps=-all", "--no-new-privs", "--"),
         *argv,
     ]
+    return launch.inside(joins, argv)
 
 
 def template(acceleration: Acceleration) -> str:

@@ -16,8 +16,9 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from pandastack.host.runtimes.pages import PAGE_BYTES
 from pandastack.host.runtimes.qemu import capture
-from pandastack.host.runtimes.qemu.capture import PAGE_BYTES, Run
+from pandastack.host.runtimes.qemu.capture import Run
 from pandastack.host.runtimes.qemu.mapping import Call
 
 # linux/userfaultfd.h, asm/unistd_64.h

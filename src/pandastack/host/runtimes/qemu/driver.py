@@ -10,12 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import os
-import platform
 import re
 import socket
-import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,23 +20,21 @@ from pathlib import Path
 from typing import Literal
 
 from pandastack.errors import HostUnfit, RuntimeFailed
-from pandastack.host.runtimes import cgroups
+from pandastack.host.runtimes import cgroups, launch, microvms
 from pandastack.host.runtimes.base import Capabilities, MachineId, MachineSpec, Probe
-from pandastack.host.runtimes.qemu import capture, command, launch
+from pandastack.host.runtimes.launch import Process
+from pandastack.host.runtimes.microvms import KVM
+from pandastack.host.runtimes.qemu import capture, command
 from pandastack.host.runtimes.qemu.command import Acceleration
-from pandastack.host.runtimes.qemu.launch import Process
-from pandastack.host.runtimes.qemu.machine import MEMORY, QemuMachine
+from pandastack.host.runtimes.qemu.machine import QemuMachine
+from pandastack.host.runtimes.users import Users
 from pandastack.host.runtimes.waiting import to_the_end
 
-KVM = Path("/dev/kvm")
-_UIDS, _FIRST_UID = 0x0FFF_FFFF, 0x7000_0000
+_NAME = "QEMU"
 _ASK_TIMEOUT_S = 20.0
 # A kernel on real KVM is in user space after a third of a second.
 _TRIAL_TIMEOUT_S = {"kvm": 5.0, "tcg": 90.0}
-_TRIAL_SIZE = command.Size(cpus=1, memory_mib=128)
-# What the guest daemon says where a machine has no root file system. Then kernel, modules, disk and user space work.
-_ARRIVED = "this machine cannot start: root file system"
-_VERDICTS_KEPT = 16
+_TRIAL_SIZE = microvms.Size(cpus=1, memory_mib=128)
 _REMEDY = "install QEMU 7.2 or newer (apt install qemu-system-x86), or use gVisor"
 
 
@@ -61,7 +56,7 @@ class QemuRuntime:
 
     name = "qemu"
     isolation = "microvm"
-    capabilities = Capabilities(snapshot=True, fork_memory=True, own_kernel=True, fixed_size=True, image=True, memory_file=MEMORY)
+    capabilities = Capabilities(snapshot=True, fork_memory=True, own_kernel=True, fixed_size=True, image=True, memory_file=microvms.MEMORY)
 
     def __init__(
         self,
@@ -83,7 +78,7 @@ class QemuRuntime:
         self.key = ""
         self.root = root
         self.clone = clone
-        self._cache = cache or root / "cache"
+        self._verdicts = microvms.Verdicts(cache or root / "cache")
         self.arenas = capture.Arenas()
         # By its own name: links to it may lead through folders that the jail has not.
         self._binary = binary.resolve()
@@ -92,8 +87,7 @@ class QemuRuntime:
         self._group = cgroups.Group(group)
         self._accelerator = accelerator
         self._tsc_khz = 0
-        self._uids: dict[str, int] = {}
-        self._uids_lock = threading.Lock()
+        self.users = Users()
 
     @property
     def accelerated(self) -> Acceleration:
@@ -106,33 +100,12 @@ class QemuRuntime:
     def cgroup(self, machine: str) -> cgroups.MachineCgroup:
         return self._group.of(machine)
 
-    def uid(self, machine: str) -> int:
-        """A user of this machine alone, without a name; the same one each time, unless two of this runtime's would be equal."""
-        with self._uids_lock:
-            if machine not in self._uids:
-                number = int.from_bytes(hashlib.sha256(machine.encode()).digest()[:4])
-                taken = set(self._uids.values())
-                while (uid := _FIRST_UID + (number & _UIDS)) in taken:
-                    number += 1
-                self._uids[machine] = uid
-            return self._uids[machine]
-
-    def remember(self, machine: str, uid: int) -> None:
-        """A machine of an earlier life of this daemon has that one."""
-        with self._uids_lock:
-            self._uids[machine] = uid
-
-    def forget(self, machine: str) -> None:
-        """Its user may be another machine's from now on."""
-        with self._uids_lock:
-            self._uids.pop(machine, None)
-
     def confined(self, argv: list[str], machine: str, cgroup: cgroups.MachineCgroup, boot: command.Boot | None) -> list[str]:
         kvm = self.accelerated == "kvm"
-        return command.confined(argv, joins=cgroup.joins(), uid=self.uid(machine), jail=self._jail, kvm=kvm, boot=boot)
+        return command.confined(argv, joins=cgroup.joins(), uid=self.users.of(machine), jail=self._jail, kvm=kvm, boot=boot)
 
     def argv(
-        self, size: command.Size, channel_fd: int, control_fd: int, *, disk_fd: int | None = None, boot: command.Boot | None = None
+        self, size: microvms.Size, channel_fd: int, control_fd: int, *, disk_fd: int | None = None, boot: command.Boot | None = None
     ) -> list[str]:
         return command.qemu(
             self._binary,
@@ -174,7 +147,7 @@ class QemuRuntime:
             hint = "choose the accelerator auto or tcg, or a machine with KVM" if self._accelerator == "kvm" else _REMEDY
             return Probe(works=False, version=self.version, reason=verdict.why, hint=hint)
         self.acceleration = verdict.acceleration
-        tied_to = _cpu() if verdict.acceleration == "kvm" else str(self._tsc_khz)
+        tied_to = microvms.cpu() if verdict.acceleration == "kvm" else str(self._tsc_khz)
         parts = (self.version, self._digest, command.template(verdict.acceleration), verdict.acceleration, tied_to)
         self.key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         return Probe(works=True, version=self.version, key=self.key, reason=verdict.why)
@@ -207,21 +180,15 @@ class QemuRuntime:
         """The verdict of an earlier probe if nothing changed, else a new one."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._tsc_khz = _tsc_khz()
-        identity = [launch.boot_id(), self.version, str(self._binary.stat().st_mtime_ns), self._digest, self._accelerator]
+        identity = [microvms.boot_id(), self.version, str(self._binary.stat().st_mtime_ns), self._digest, self._accelerator]
         identity += [command.template("kvm"), command.template("tcg")]
-        kept = self._cache / f"{hashlib.sha256(chr(10).join(identity).encode()).hexdigest()[:32]}.json"
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            verdict = Verdict(**json.loads(kept.read_text()))
-            if verdict.acceleration in ("kvm", "tcg"):
-                return verdict
+        with contextlib.suppress(TypeError):
+            kept = Verdict(**(self._verdicts.get(identity) or {}))
+            if kept.acceleration in ("kvm", "tcg"):
+                return kept
         verdict = self._try_all()
         if verdict.acceleration is not None:
-            kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for old in sorted(kept.parent.glob("*.json"), key=_changed)[:-_VERDICTS_KEPT]:
-                old.unlink(missing_ok=True)
-            new = kept.with_suffix(f".{os.getpid()}")
-            new.write_text(json.dumps({"acceleration": verdict.acceleration, "why": verdict.why}))
-            new.replace(kept)
+            self._verdicts.put(identity, {"acceleration": verdict.acceleration, "why": verdict.why})
         return verdict
 
     def _try_all(self) -> Verdict:
@@ -254,7 +221,7 @@ class QemuRuntime:
             self.acceleration = before
             cgroup.remove()
             self.remove_files(machine)
-            self.forget(machine)
+            self.users.forget(machine)
 
     def _trial_boot(self, machine: str, acceleration: Acceleration, cgroup: cgroups.MachineCgroup) -> str | None:
         ours, theirs = socket.socketpair()
@@ -265,11 +232,11 @@ class QemuRuntime:
             boot = inherited.enter_context(self.booting(theirs.fileno(), 64))
             argv = self.argv(_TRIAL_SIZE, channel.fileno(), control.fileno(), boot=boot)
             fds = [channel.fileno(), control.fileno(), boot.vmlinux_fd, boot.initramfs_fd, boot.serial_fd]
-            process = Process.spawn(self.confined(argv, machine, cgroup, boot), fds)
+            process = Process.spawn(_NAME, self.confined(argv, machine, cgroup, boot), fds)
             inherited.close()
             try:
                 timeout_s = _TRIAL_TIMEOUT_S[acceleration] * self.patience
-                came, console = launch.watch(process, ours, lambda said: _ARRIVED in said, timeout_s=timeout_s)
+                came, console = launch.watch(process, ours, lambda said: microvms.ARRIVED in said, timeout_s=timeout_s)
                 if came:
                     return None
                 ended = "QEMU ended" if process.over else f"it was not in user space after {timeout_s:g} s"
@@ -305,19 +272,12 @@ class QemuRuntime:
         for machine in gone:
             self.cgroup(machine).remove()
             self.remove_files(machine)
-            self.forget(machine)
+            self.users.forget(machine)
         return [MachineId(machine) for machine in gone]
 
     def remove_files(self, machine: str) -> None:
         for suffix in ("c", "q"):
             (self.root / f"{machine}.{suffix}").unlink(missing_ok=True)
-
-
-def _changed(file: Path) -> float:
-    try:
-        return file.stat().st_mtime
-    except OSError:  # Another host of this machine removed it.
-        return 0.0
 
 
 def _tsc_khz(cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
@@ -328,10 +288,3 @@ def _tsc_khz(cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
         if found:
             return round(float(found[1]) * factor)
     raise HostUnfit("this host does not say how fast its clock runs", hint="use gVisor")
-
-
-def _cpu() -> str:
-    """Model and features, which a state saved with KVM relies on, and the kernel that gives them."""
-    wanted = ("vendor_id", "cpu family", "model\t", "stepping", "flags")
-    lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
-    return "\n".join([line for line in lines if line.startswith(wanted)] + [platform.release()])

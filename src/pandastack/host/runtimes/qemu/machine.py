@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -21,11 +20,12 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pandastack.errors import DiskFull, RuntimeFailed
-from pandastack.host.runtimes import cgroups, memory
+from pandastack.errors import RuntimeFailed
+from pandastack.host.runtimes import cgroups, launch, memory, microvms
 from pandastack.host.runtimes.base import Channel, EndReason, MachineSpec, Memory, MemorySource, Usage
-from pandastack.host.runtimes.qemu import client, command, dirty, launch, mapping, taking
-from pandastack.host.runtimes.qemu.launch import Process
+from pandastack.host.runtimes.launch import Process
+from pandastack.host.runtimes.microvms import DEVICES, DISK, FACTS, MEMORY, Laps
+from pandastack.host.runtimes.qemu import client, command, dirty, mapping, taking
 from pandastack.host.runtimes.waiting import InThread, to_the_end
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# The files of a saved state.
-MEMORY, DEVICES, DISK, FACTS = "mem", "state", "disk", "machine.json"
-RECORD = "machine.json"
+_NAME = "QEMU"
 BOOT_ATTEMPTS = 3
 BOOT_TIMEOUT_S = {"kvm": 15.0, "tcg": 60.0}
 _LOAD_TIMEOUT_S = 30.0
@@ -48,7 +46,7 @@ class QemuMachine:
 
     def __init__(self, runtime: QemuRuntime, spec: MachineSpec, cgroup: cgroups.MachineCgroup) -> None:
         self.spec = spec
-        self.size = command.Size.of(spec.limits)
+        self.size = microvms.Size.of(spec.limits)
         self._runtime = runtime
         self._cgroup = cgroup
         self._process: Process | None = None
@@ -85,7 +83,7 @@ class QemuMachine:
             fds = [channel.fileno(), control.fileno(), disk_fd]
             fds += [boot.vmlinux_fd, boot.initramfs_fd, boot.serial_fd] if boot else []
             confined = self._runtime.confined(argv, self.spec.id, self._cgroup, boot)
-            self._process = Process.spawn(confined, [fd for fd in fds if fd is not None])
+            self._process = Process.spawn(_NAME, confined, [fd for fd in fds if fd is not None])
         try:
             # Only QEMU has the sockets now, so its end is noticed.
             with client.opened(self._control) as qmp:
@@ -97,33 +95,18 @@ class QemuMachine:
             raise RuntimeFailed("QEMU did not start", detail=self._process.last_words() or error.fields.get("detail")) from error
         self._record(self._process)
 
-    def _record(self, process: Process, restore: _Laps | None = None) -> None:
+    def _record(self, process: Process, restore: Laps | None = None) -> None:
         """What `find_again` needs; and of a restore what it took, for whoever measures it."""
-        record: dict[str, Any] = {
-            "pid": process.pid,
-            "started": process.started,
-            "boot_id": launch.boot_id(),
-            "address": self._address,
-            "running": self._running,
-            "restored": self._base_fd is not None,
-        }
-        if restore is not None:
-            record["restore_parts_ms"] = restore.ms
-        written = self.spec.state / f"{RECORD}.new"
-        written.write_text(json.dumps(record))
-        written.replace(self.spec.state / RECORD)
+        took = {} if restore is None else {"restore_parts_ms": restore.ms}
+        restored = self._base_fd is not None
+        microvms.record(self.spec.state, process, address=self._address, running=self._running, restored=restored, **took)
 
     def find_again(self) -> bool:
         """Recognise the process of an earlier life of this daemon: pid, start time and boot must all be the same."""
-        try:
-            record = json.loads((self.spec.state / RECORD).read_text())
-            if record["boot_id"] != launch.boot_id() or not record["running"]:
-                return False
-            process = Process.found(int(record["pid"]), int(record["started"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        found = microvms.recorded(self.spec.state, _NAME)
+        if found is None:
             return False
-        if process is None:
-            return False
+        process, record = found
         process.go_on()  # It may have been frozen when the daemon died.
         try:
             with client.opened(self._control, timeout_s=_CONNECT_TIMEOUT_S) as qmp:
@@ -133,8 +116,8 @@ class QemuMachine:
             self._address = int(record["address"])
             if record["restored"]:
                 self._rest_on(_mapped(process.pid, self._address, self.size.memory_bytes))
-            self._runtime.remember(self.spec.id, Path(f"/proc/{process.pid}").stat().st_uid)
-        except (RuntimeFailed, OSError) as error:
+            self._runtime.users.remember(self.spec.id, Path(f"/proc/{process.pid}").stat().st_uid)
+        except (RuntimeFailed, OSError, KeyError, ValueError) as error:
             _log.warning("machine %s cannot be taken over: %s", self.spec.id, error)
             process.close()
             return False
@@ -156,7 +139,7 @@ class QemuMachine:
                     self._running = True
                     self._record(self._alive())
                     return
-                said = _telling(console)
+                said = microvms.telling(console)
                 if self.over:  # By its own decision, so it would decide the same again.
                     raise RuntimeFailed("the guest ended while it booted", detail=said)
                 _log.warning("machine %s hangs while it boots (attempt %d): %s", self.spec.id, attempt, said)
@@ -189,24 +172,13 @@ class QemuMachine:
 
     def _disk_from(self, source: Path) -> int:
         """A copy of an image as this machine's disk, as large as its limit, open for QEMU."""
-        disk = self.spec.disk / DISK
-        disk.unlink(missing_ok=True)
-        with _filled():
-            self._runtime.clone(source, disk)
-        fd = os.open(disk, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            if os.fstat(fd).st_size < self.spec.limits.disk_mib << 20:
-                os.truncate(fd, self.spec.limits.disk_mib << 20)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
+        return microvms.disk_from(source, self.spec.disk / DISK, self.spec.limits.disk_mib, self._runtime.clone)
 
     def _restore(self, snapshot: Path) -> None:
         with self._lock, contextlib.ExitStack() as ours:
             process, qmp = ours.enter_context(self._speaking())
-            laps = _Laps()
-            facts = self._facts(snapshot)
+            laps = Laps()
+            facts = microvms.facts(snapshot, self._own_facts())
             devices_fd, memory_fd = (os.open(snapshot / name, os.O_RDONLY | os.O_CLOEXEC) for name in (DEVICES, MEMORY))
             ours.callback(os.close, devices_fd)
             ours.callback(os.close, memory_fd)
@@ -249,22 +221,6 @@ class QemuMachine:
         self._base_fd = fd
         self._base_name = Path(f"/proc/self/fd/{fd}").readlink()
 
-    def _facts(self, snapshot: Path) -> dict[str, Any]:
-        """What a saved state says of itself, if this machine fits it."""
-        try:
-            facts: dict[str, Any] = json.loads((snapshot / FACTS).read_text())
-            wanted = self._own_facts()
-            differs = [name for name in wanted if facts[name] != wanted[name]]
-            int(facts["disk_bytes"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RuntimeFailed("there is no saved state of a microVM", detail=str(error)) from error
-        if differs:
-            name = differs[0]
-            raise RuntimeFailed(
-                f"the saved state is of a machine with another {name}", detail=f"{name}: {facts[name]} there, {wanted[name]} here"
-            )
-        return facts
-
     def _own_facts(self) -> dict[str, Any]:
         return {"key": self._runtime.key, "cpus": self.size.cpus, "memory_mib": self.size.memory_mib}
 
@@ -276,12 +232,12 @@ class QemuMachine:
                 disk_bytes = os.fstat(disk.fd).st_size
             taken = taking.Memory(arena, process.pid, self._address, self.size.memory_bytes)
             taken.ahead()
-            laps = _Laps()
+            laps = Laps()
             with still:
                 laps.end("hold")
                 self._take(qmp, taken, into, resume, laps)
             laps.end("let go")
-            with _filled():
+            with microvms.filled():
                 written = self._write_memory(taken, into / MEMORY)
             facts = self._own_facts() | {
                 "qemu": self._runtime.version,
@@ -295,7 +251,7 @@ class QemuMachine:
             (into / FACTS).write_text(json.dumps(facts))
             _log.debug("machine %s stood still for %.1f ms: %s", self.spec.id, laps.sum_ms, laps.ms)
 
-    def _take(self, qmp: client.Connection, taken: taking.Memory, into: Path, resume: bool, laps: _Laps) -> None:
+    def _take(self, qmp: client.Connection, taken: taking.Memory, into: Path, resume: bool, laps: Laps) -> None:
         """All that has to be of one instant. The guest stands still meanwhile."""
         try:
             qmp.call("stop")
@@ -304,7 +260,7 @@ class QemuMachine:
             laps.end("devices")
             taken.rest()
             laps.end("memory")
-            with _filled():
+            with microvms.filled():
                 self._runtime.clone(self.spec.disk / DISK, into / DISK)
             laps.end("disk")
         except BaseException:
@@ -379,20 +335,7 @@ class QemuMachine:
         return process
 
     def _usage(self) -> Usage:
-        process = self._alive()
-        try:
-            fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        except OSError as error:
-            raise RuntimeFailed("the machine is over") from error
-        return Usage(
-            pid=process.pid,
-            cpu_s=self._cgroup.cpu_seconds(),
-            memory_bytes=self._cgroup.memory_bytes(),
-            resident_bytes=int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
-            virtual_bytes=int(fields[20]),
-            threads=int(fields[17]),
-            uptime_s=max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - process.started / os.sysconf("SC_CLK_TCK")),
-        )
+        return microvms.usage(self._alive(), self._cgroup)
 
     def _stop(self) -> None:
         self._stopped = True
@@ -404,9 +347,8 @@ class QemuMachine:
             if self._process is not None:
                 self._process.reap()
             self._runtime.remove_files(self.spec.id)
-            for name in (RECORD, f"{RECORD}.new"):
-                (self.spec.state / name).unlink(missing_ok=True)
-            self._runtime.forget(self.spec.id)
+            microvms.forget_record(self.spec.state)
+            self._runtime.users.forget(self.spec.id)
 
     # The contract.
 
@@ -441,17 +383,8 @@ class QemuMachine:
         return await asyncio.to_thread(lambda: memory.of([self._alive().pid], files_are_shared=True))
 
     async def ended(self) -> EndReason:
-        loop = asyncio.get_running_loop()
-        over = asyncio.Event()
         if self._process is not None:
-            # A duplicate, so that `stop` may close the original while somebody waits here.
-            pidfd = os.dup(self._process.pidfd)
-            loop.add_reader(pidfd, over.set)
-            try:
-                await over.wait()
-            finally:
-                loop.remove_reader(pidfd)
-                os.close(pidfd)
+            await launch.ended(self._process)
         if self._stopped or self._process is None:
             return "stopped"
         await asyncio.to_thread(self._process.reap)
@@ -464,7 +397,7 @@ class QemuMachine:
 
     @property
     def memory_source(self) -> MemorySource | None:
-        return None if self._base_name is None else MemorySource(file=self._base_name, user=self._runtime.uid(self.spec.id))
+        return None if self._base_name is None else MemorySource(file=self._base_name, user=self._runtime.users.of(self.spec.id))
 
     def let_go(self) -> None:
         if self._process is not None:
@@ -479,40 +412,12 @@ class QemuMachine:
         self.let_go()
 
 
-class _Laps:
-    """What the parts of something took, in milliseconds."""
-
-    def __init__(self) -> None:
-        self.ms: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    @property
-    def sum_ms(self) -> float:
-        return round(sum(self.ms.values()), 2)
-
-    def end(self, name: str) -> None:
-        """Of the part that went from the last end to now."""
-        now = time.monotonic()
-        self.ms[name], self._last = round((now - self._last) * 1000, 2), now
-
-
 class _Descriptor:
     def __init__(self, path: Path, flags: int) -> None:
         self.fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
 
     def close(self) -> None:
         os.close(self.fd)
-
-
-@contextlib.contextmanager
-def _filled() -> Any:
-    """A full disk is said as such."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull("the host's disk is full", hint="free space on the file system of the data directory, or move it") from error
-        raise RuntimeFailed("a file of the machine cannot be copied", detail=str(error)) from error
 
 
 def _address(qmp: client.Connection) -> int:
@@ -531,10 +436,3 @@ def _mapped(pid: int, address: int, size_bytes: int) -> int:
         os.close(fd)
         raise RuntimeFailed("the machine's memory is not mapped as it was")
     return fd
-
-
-def _telling(console: str) -> str:
-    """The line of a console that says why a machine went off; what the kernel says after it is the same each time."""
-    lines = [line.strip()[:300] for line in console.splitlines() if line.strip()]
-    whys = [line for line in lines if "pandastack-guest:" in line or "Kernel panic" in line]
-    return next(iter([*whys[:1], *lines[-1:]]), "its console said nothing")
