@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pandastack.bench import bare_qemu, bare_runsc, benchmarks, figures, forks, restores, runsc_sandboxes, server, states
+from pandastack.bench import bare_qemu, bare_runsc, benchmarks, figures, forks, lazy, restores, runsc_sandboxes, server, states
 from pandastack.bench.setting import Say, Setting
 from pandastack.bench.tool import BareTool
 from pandastack.bench.workloads import LARGE_STATE_MB
@@ -45,6 +45,7 @@ BENCHMARKS = {
     "idle": _Benchmark(lambda setting, given: benchmarks.idle(setting, given.samples or 10)),
     "snapshot": _Benchmark(lambda setting, given: states.snapshot(setting, _sizes(setting, given), given.samples, given.blanks)),
     "fork": _Benchmark(lambda setting, given: forks.fork(setting, _sizes(setting, given), given.children, given.samples, given.blanks)),
+    "lazy": _Benchmark(lambda setting, given: lazy.lazy(setting, max(given.state_mb or [50]), given.samples or 3), ("qemu",)),
     "wake": _Benchmark(lambda setting, given: states.wake(setting, _sizes(setting, given), given.samples, given.blanks)),
 }
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class Place:
     root: Path
 
     @contextlib.contextmanager
-    def running(self, *, slots: int, template: str, blanks: int = 0) -> Iterator[Server]:
+    def running(self, *, slots: int, template: str, blanks: int = 0, environ: Mapping[str, str] | None = None) -> Iterator[Server]:
         """Start, make the template ready, hand out, stop. Raises HostUnfit when it does not start."""
         ready = self.folder / "ready.json"
         ready.unlink(missing_ok=True)
@@ -86,7 +86,7 @@ class Place:
         own = {"PANDASTACK_RUNTIMES": self.runtime, "PANDASTACK_MIN_ISOLATION": "none", "PANDASTACK_BLANKS": str(blanks)}
         process = subprocess.Popen(
             [*command, "--slots", str(slots), "--ready-file", str(ready)],
-            env={**os.environ, **own, "XDG_CONFIG_HOME": str(self.folder / "config")},
+            env={**os.environ, **own, "XDG_CONFIG_HOME": str(self.folder / "config"), **(environ or {})},
             stdout=subprocess.DEVNULL,
         )
         try:

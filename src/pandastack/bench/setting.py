@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pandastack.bench.promises import Promise, promise
@@ -22,9 +22,9 @@ class Setting:
     say: Say
 
     @contextlib.contextmanager
-    def running(self, *, slots: int = 0, blanks: int = 0) -> Iterator[Server]:
-        """A server with the template ready, and the bare tool with it."""
-        with self.place.running(slots=slots, blanks=blanks, template=self.template) as server:
+    def running(self, *, slots: int = 0, blanks: int = 0, environ: Mapping[str, str] | None = None) -> Iterator[Server]:
+        """A server with the template ready, and the bare tool with it. `environ` goes over its environment."""
+        with self.place.running(slots=slots, blanks=blanks, template=self.template, environ=environ or {}) as server:
             self.bare.find(server.acceleration)
             yield server
 

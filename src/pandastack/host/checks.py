@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from ctypes.util import find_library
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -171,6 +172,18 @@ def pool_tools() -> Check:
     if not _which("mkfs.xfs"):
         return unsure("pool tools", "mkfs.xfs is missing, so no storage pool can be made", hint="apt-get install xfsprogs, if you want one")
     return passed("pool tools", "mkfs.xfs is there: `pandastack storage init` can make a storage pool")
+
+
+def lazy_memory() -> Check:
+    """What it takes to run a microVM before its memory is here."""
+    without = "else all memory of an offloaded snapshot is fetched first"
+    if find_library("fuse3") is None:
+        return unsure("lazy memory", "libfuse3 is missing", hint=f"apt-get install libfuse3-3 (or libfuse3-4): {without}")
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return unsure("lazy memory", f"/dev/fuse cannot be opened ({error.strerror})", hint=f"modprobe fuse: {without}")
+    return passed("lazy memory", "FUSE is there: memory of offloaded snapshots comes when it is touched")
 
 
 def memory(meminfo: str | None = None) -> Check:

@@ -59,6 +59,7 @@ async def examine(settings: HostSettings) -> Report:
             _checked("user namespaces", checks.user_namespaces),
             _checked("reflink", lambda: checks.reflink(settings.data_dir)) if root.ok else _answer(_not_tried("reflink")),
             _checked("pool tools", checks.pool_tools),
+            _checked("lazy memory", checks.lazy_memory) if root.ok else _answer(_not_tried("lazy memory")),
             _checked("memory", checks.memory),
             _checked("open files", checks.open_files),
             _checked("network tools", checks.network_tools),

@@ -439,9 +439,11 @@ class States:
     async def delete_snapshot(self, snapshot_id: SnapshotId) -> None:
         await self.abandon(snapshot_id)
         # A hibernated sandbox's own state is none that anybody can delete by its id.
-        if any(saved.manifest.id == snapshot_id for saved in self.snapshots.list("snapshot")):
-            await self.snapshots.delete(snapshot_id)
-            self.offloads.sweep_soon()
+        for saved in self.snapshots.list("snapshot"):
+            if saved.manifest.id == snapshot_id:
+                await self.snapshots.delete(snapshot_id)
+                if saved.away is not None:
+                    self.offloads.sweep_soon()
 
     async def offload(self, snapshot_id: SnapshotId) -> HostSnapshot:
         """See `control.hosts.Host.offload_snapshot`."""

@@ -63,7 +63,7 @@ class Offloads:
             except BaseException as error:
                 # The thread has to be at its end before somebody removes the files.
                 stop.set()
-                await asyncio.wait([putting])
+                await asyncio.gather(putting, return_exceptions=True)
                 held.close()
                 await self._give_up(snapshot_id)
                 if isinstance(error, OSError):
