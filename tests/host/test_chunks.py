@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -139,6 +140,30 @@ def test_a_file_becomes_chunks_and_comes_back(store: Counting, reading: Callable
     assert reader.fetched == 3
     reader.assemble(index, tmp_path / "again")
     assert reader.fetched == 3, "the second time everything is here"
+
+
+def test_what_an_image_that_is_here_has_is_not_fetched(folder: Counting, reading: Callable[..., Chunks], tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(os.urandom(4 * CHUNK_BYTES) + b"end")
+    disk = tmp_path / "disk"
+    shutil.copyfile(image, disk)
+    with disk.open("r+b") as file:
+        file.seek(CHUNK_BYTES)
+        file.write(os.urandom(10))  # Changed, cleared, and longer than it was.
+        file.seek(2 * CHUNK_BYTES)
+        file.write(bytes(CHUNK_BYTES))
+        file.truncate(7 * CHUNK_BYTES)
+        file.seek(6 * CHUNK_BYTES)
+        file.write(b"far")
+    index = kept(Depot(folder, "here"), "one", disk)
+    for number, (end, fetched) in enumerate(((disk.stat().st_size, 3), (2 * CHUNK_BYTES + 5, 1))):
+        wanted = disk.read_bytes()[:end]
+        disk.write_bytes(wanted)
+        index = kept(Depot(folder, "here"), f"cut{number}", disk)
+        reader = reading(folder, cache=f"cache{number}")
+        reader.assemble(index, tmp_path / f"back{number}", like=image)
+        assert (tmp_path / f"back{number}").read_bytes() == wanted
+        assert reader.fetched == fetched
 
 
 def test_what_is_there_already_is_not_sent_again(store: Counting, tmp_path: Path) -> None:

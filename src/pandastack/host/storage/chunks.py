@@ -14,7 +14,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLate
 from functools import cached_property
@@ -25,6 +25,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field
 
 from pandastack.errors import ObjectStoreUnavailable
+from pandastack.host.storage import space
 from pandastack.host.storage.chunk_cache import ChunkCache
 from pandastack.host.storage.objects import Missing, Objects
 
@@ -65,6 +66,12 @@ class Index(BaseModel):
     def length(self, number: int) -> int:
         """Of that chunk: all but the last are as long."""
         return min(CHUNK_BYTES, self.size - number * CHUNK_BYTES)
+
+    def has(self, number: int, other: Index) -> bool:
+        """Whether a file of this index, cut or extended by zeros to the length of the other's, has the other's chunk there."""
+        if number >= len(self.chunks):
+            return other.chunks[number] is None
+        return self.chunks[number] == other.chunks[number] and self.length(number) == other.length(number)
 
     @property
     def stored(self) -> set[str]:
@@ -128,6 +135,7 @@ class Chunks:
         self._most = memory_bytes // CHUNK_BYTES
         self._recent: OrderedDict[str, bytes] = OrderedDict()
         self._flights: dict[str, Future[bytes]] = {}
+        self._here: dict[tuple[str, int, int, int], Index] = {}
         self._lock = threading.Lock()
         self._reading = ThreadPoolExecutor(_READING, thread_name_prefix="chunks")
         # A pool of its own: whoever waits for a chunk now must not queue behind what may be wanted later.
@@ -223,23 +231,50 @@ class Chunks:
             self.fetched += 1
         return data
 
-    def assemble(self, index: Index, target: Path) -> None:
-        """Write the file that an index describes; zeros are holes. Raises ChunkLost, OSError; then there is half of it."""
-        fd = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    def assemble(self, index: Index, target: Path, *, like: Path | None = None) -> None:
+        """Write the file that an index describes; zeros are holes. Raises ChunkLost, OSError; then there is half of it.
+
+        `like` is a file that is here and has much of the same content in the same places: of that nothing is fetched, and blocks are
+        shared where the file system can.
+        """
+        known = Index(size=0, chunks=()) if like is None else self._index_here(like)
+        if like is None:
+            target.touch(mode=0o600, exist_ok=False)
+        else:
+            space.clone(like, target)
+        fd = os.open(target, os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.truncate(fd, index.size)
-            places = [(number, digest) for number, digest in enumerate(index.chunks) if digest is not None]
-            for start in range(0, len(places), _READING):
-                some = places[start : start + _READING]
-                # Not all at once: each waits in memory until it is written.
-                for (number, _), flight in zip(some, [self._reading.submit(self._had, digest) for _, digest in some], strict=True):
-                    try:
-                        data = flight.result(self._timeout_s)
-                    except TooLate as error:
-                        raise ChunkLost(index.chunks[number] or "", "timeout") from error
-                    _write_all(fd, data, number * CHUNK_BYTES)
+            differing = [number for number in range(len(index.chunks)) if not known.has(number, index)]
+            for number in differing:
+                if index.chunks[number] is None:
+                    space.clear(fd, number * CHUNK_BYTES, index.length(number))
+            self._write_those(fd, [(number, digest) for number in differing if (digest := index.chunks[number]) is not None])
         finally:
             os.close(fd)
+
+    def _write_those(self, fd: int, places: Sequence[tuple[int, str]]) -> None:
+        for start in range(0, len(places), _READING):
+            some = places[start : start + _READING]
+            # Not all at once: each waits in memory until it is written.
+            for (number, digest), flight in zip(some, [self._reading.submit(self._had, digest) for _, digest in some], strict=True):
+                try:
+                    data = flight.result(self._timeout_s)
+                except TooLate as error:
+                    raise ChunkLost(digest, "timeout") from error
+                _write_all(fd, data, number * CHUNK_BYTES)
+
+    def _index_here(self, path: Path) -> Index:
+        """Of a file that is here and does not change; it is read the first time."""
+        status = path.stat()
+        identity = (str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+        with self._lock:
+            index = self._here.get(identity)
+        if index is None:
+            index = index_of(path, self._reading)
+            with self._lock:
+                self._here[identity] = index
+        return index
 
 
 def _write_all(fd: int, data: bytes, position: int) -> None:

@@ -27,6 +27,8 @@ from pandastack.host.storage.snapshots import Saved, Snapshots
 log = structlog.get_logger(__name__)
 
 SWEEP_EVERY_S = 3600.0
+DISK = "disk"
+"""What runtimes whose machines have an image as their root call the file of it in a saved state."""
 LEAST_BYTES = 1 << 20
 """Smaller files stay: they are not worth a request."""
 
@@ -109,7 +111,7 @@ class Offloads:
             del large[memory_file]
         for name, index in large.items():
             try:
-                await asyncio.to_thread(self._chunks.assemble, index, folder / name)
+                await asyncio.to_thread(self._chunks.assemble, index, folder / name, like=self._like(saved, name))
             except ChunkLost as lost:
                 log.error("a chunk of a saved state cannot be had", snapshot_id=saved.manifest.id, file=name, error=str(lost))
                 raise _unusable(lost.why) from lost
@@ -118,6 +120,11 @@ class Offloads:
         for name in saved.manifest.files:
             if name not in away.files:
                 os.link(saved.folder / name, folder / name)
+
+    def _like(self, saved: Saved, name: str) -> Path | None:
+        """The image that a disk began as, where the runtime has one and it is here: most of it never changes."""
+        root = Path(saved.manifest.origin.rootfs)
+        return root if name == DISK and root.is_file() else None
 
     async def _shown(self, index: Index) -> Path | None:
         """Memory as a file that is fetched where it is touched; None where this machine can only fetch all of it."""

@@ -7,6 +7,7 @@ has to be copied in full.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -23,8 +24,12 @@ _EXTENTS_AT_ONCE = 512
 _MOST_EXTENTS = 16_384
 _LAST, _SHARED = 0x1, 0x2000
 _PIECE_BYTES = 128 << 10
+_PUNCH_AND_KEEP_SIZE = 0x03  # linux/falloc.h
 # How file systems say that they cannot; anything else is a failure.
 _CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,15 @@ def clone(source: Path, target: Path) -> None:
             os.close(write_fd)
     finally:
         os.close(read_fd)
+
+
+def clear(fd: int, start: int, length: int) -> None:
+    """Zeros there, as a hole where the file system can. The file keeps its length."""
+    if _libc.fallocate(fd, _PUNCH_AND_KEEP_SIZE, start, length) != 0:
+        code = ctypes.get_errno()
+        if code not in _CANNOT:
+            raise OSError(code, os.strerror(code))
+        _write(fd, bytes(length), start)
 
 
 def shares_blocks(folder: Path) -> bool | None:
