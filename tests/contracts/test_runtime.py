@@ -504,6 +504,9 @@ async def test_a_restored_machine_goes_on_where_the_saved_one_was(bench: Bench) 
             async with asyncio.timeout(60 * PATIENCE), await guest.attach("p") as stream:
                 assert b"".join([data async for _, _, data in stream]) == b"before\nafter\n"
             await guest.write_file("/root/file", b"of this copy")
+        # What it has not touched yet comes from there, if it says so.
+        mapped, source = bench.runtime.capabilities.memory_file, copy.memory_source
+        assert (None if source is None else source.file) == ((into / mapped).resolve() if mapped else None)
 
 
 async def test_a_machine_saved_on_the_way_goes_on(bench: Bench) -> None:
