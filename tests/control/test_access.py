@@ -43,6 +43,7 @@ ROUTES: dict[tuple[str, str], tuple[str | None, dict[str, Any]]] = {
     ("GET", "/v1/snapshots"): ("read", {}),
     ("GET", "/v1/snapshots/{snapshot_id}"): ("read", {}),
     ("DELETE", "/v1/snapshots/{snapshot_id}"): ("write", {}),
+    ("POST", "/v1/snapshots/{snapshot_id}/offload"): ("write", {}),
     ("GET", "/v1/diff"): ("read", {"params": {"a": "none", "b": "none"}}),
     ("POST", BOX + "/exec"): ("write", {"json": {"cmd": "true"}}),
     ("POST", BOX + "/exec/stream"): ("write", {"json": {"cmd": "true"}}),
