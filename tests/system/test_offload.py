@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import httpx2
 import pytest
+from moto.server import ThreadedMotoServer
 
 from hosts import sharing_blocks
 from pandastack import errors
@@ -50,7 +52,11 @@ def objects() -> Iterator[Path]:
 @pytest.fixture
 def host(xfs: Path, own_server: MakeServer, tmp_path: Path, objects: Path) -> Server:
     """A server with an object store and a chunk cache of its own, on which QEMU works."""
-    environ = {"PANDASTACK_OBJECT_STORE": str(objects), "PANDASTACK_CHUNK_CACHE_DIR": str(tmp_path / "chunks")}
+    return with_store(str(objects), xfs, own_server, tmp_path)
+
+
+def with_store(store: str, xfs: Path, own_server: MakeServer, tmp_path: Path, **more: str) -> Server:
+    environ = {"PANDASTACK_OBJECT_STORE": store, "PANDASTACK_CHUNK_CACHE_DIR": str(tmp_path / "chunks"), **more}
     server = own_server(work=xfs / tmp_path.name, environ=environ)
     client = server.client()
 
@@ -136,6 +142,31 @@ def _what_becomes_of_it(server: Server, later: Sandbox, second: Sandbox, digest:
     again = server.client().sandboxes.get(second.id)
     assert said(again, SUM) == digest
     assert lazy(server).fetched > 0, "it is the same process as before"
+
+
+@pytest.fixture
+def s3() -> Iterator[dict[str, str]]:
+    """The settings of a server with an empty bucket `snapshots`."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        address, port = server.get_host_and_port()
+        url, region = f"http://{address}:{port}", "us-east-1"
+        client = boto3.client("s3", endpoint_url=url, aws_access_key_id="test", aws_secret_access_key="test", region_name=region)
+        client.create_bucket(Bucket="snapshots")
+        yield {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": region, "AWS_ENDPOINT_URL": url}
+    finally:
+        server.stop()
+
+
+def test_an_s3_server_will_do(s3: dict[str, str], xfs: Path, own_server: MakeServer, tmp_path: Path) -> None:
+    """The process that serves memory must reach it too, with the same credentials."""
+    server = with_store("s3://snapshots/of-a-test", xfs, own_server, tmp_path, **s3)
+    client = server.client()
+    _, name, digest = offloaded(server)
+    with client.sandboxes.create(from_snapshot=name) as later:
+        assert said(later, f"cat /var/note; {SUM}").split("\n") == ["disk", digest]
+        assert lazy(server).fetched > 0
 
 
 def test_gvisor_fetches_all_of_it_first(host: Server, objects: Path, tmp_path: Path) -> None:
