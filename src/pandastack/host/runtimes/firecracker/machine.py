@@ -50,6 +50,7 @@ _SAVE_TIMEOUT_S = 120.0
 _CONNECT_TIMEOUT_S = 5.0
 # A daemon that has not answered by then has lost what was under way; the machine is saved all the same.
 _HOLD_TIMEOUT_S = 2.0
+_SAVING_CPUS = 2.0
 _AGAIN_S = 0.01
 _LOOK_S = 0.002
 _WATCH_S = 0.02
@@ -249,8 +250,10 @@ class FirecrackerMachine:
             process = self._alive()
             # Firecracker forgets what was written when it has saved it. If this does not come to its end, nobody knows any more.
             self._record(process, whole=True)
-            # What it writes is charged to it, and the memory of its guest must not be taken for that.
+            # What it writes is charged to it, and the memory of its guest must not be taken for that. Nor shall one with a small
+            # part of a CPU stand still for long, because it has to save itself with that.
             self._cgroup.set_memory(self._memory_mib + 2 * self.size.memory_mib)
+            self._cgroup.set_cpu(max(_SAVING_CPUS, self.spec.limits.cpu))
             with contextlib.closing(_Descriptor(jail.open_disk(self._root))) as disk:
                 os.fdatasync(disk.fd)  # Written back now, so that little is left for when the guest stands still.
 
@@ -282,6 +285,7 @@ class FirecrackerMachine:
             jail.clear_saved(self._process.pid)
             with contextlib.suppress(OSError):
                 self._cgroup.set_memory(self._memory_mib)
+                self._cgroup.set_cpu(self.spec.limits.cpu)
             if self._frozen:
                 self._process.halt()
 
