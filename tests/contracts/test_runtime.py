@@ -1018,7 +1018,9 @@ class TestMicrovm:
             after = await one.memory()
             assert after.own_bytes - before.own_bytes > 48 << 20
             assert (await other.memory()).own_bytes - alone.own_bytes < 8 << 20
-            assert min(alone.shared_bytes, after.shared_bytes) > 32 << 20
+            # The program of QEMU is among it, and Firecracker's is small.
+            least_mib = 12 if bench.name == "firecracker-kvm" else 32
+            assert min(alone.shared_bytes, after.shared_bytes) > least_mib << 20
             for machine in (one, other):
                 fields = _mapping((await machine.usage()).pid, self._ram(machine))
                 assert fields["Shared_Clean"] + fields["Shared_Dirty"] > 8 << 10, "the pages are the same ones"

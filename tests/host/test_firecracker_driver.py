@@ -12,11 +12,10 @@ import pytest
 from pandastack.errors import HostUnfit, RuntimeFailed
 from pandastack.host.runtimes.base import Limits, MachineId, MachineSpec, Probe
 from pandastack.host.runtimes.cgroups import Hierarchy, MachineCgroup
-from pandastack.host.runtimes.firecracker import command, driver
+from pandastack.host.runtimes.firecracker import command, driver, jail
 from pandastack.host.runtimes.firecracker.command import Binaries
 from pandastack.host.runtimes.firecracker.driver import FirecrackerRuntime
 from pandastack.host.runtimes.firecracker.machine import FirecrackerMachine
-from pandastack.host.runtimes.launch import Process
 from pandastack.host.storage import space
 
 
@@ -154,13 +153,11 @@ class TestJail:
             case "pipe":
                 os.mkfifo(place)
         with pytest.raises((RuntimeFailed, OSError)):
-            machine._open_disk()
+            jail.open_disk(machine._root)
 
     @pytest.mark.parametrize("what", ["link", "folder", "pipe"])
-    def test_a_saved_file_that_is_none_is_not_opened(
-        self, machine: FirecrackerMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
-    ) -> None:
-        monkeypatch.setattr(FirecrackerMachine, "_scratch", lambda *_: tmp_path)
+    def test_a_saved_file_that_is_none_is_not_opened(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+        monkeypatch.setattr(jail, "_scratch", lambda _: tmp_path)
         place = tmp_path / "mem"
         match what:
             case "link":
@@ -169,13 +166,8 @@ class TestJail:
                 place.mkdir()
             case "pipe":
                 os.mkfifo(place)
-        process = Process.spawn("test", ["sleep", "60"])
-        try:
-            with pytest.raises((RuntimeFailed, OSError)):
-                machine._scratch_file(process, "mem")
-        finally:
-            process.kill()
-            process.close()
+        with pytest.raises((RuntimeFailed, OSError)):
+            jail.saved_file(1, "mem")
 
     def test_it_is_roots_before_a_guest_runs_and_has_nothing_more_than_it_needs(self, machine: FirecrackerMachine) -> None:
         root = machine._root
@@ -184,16 +176,16 @@ class TestJail:
         for name in ("disk", "api.sock", "v.sock", "firecracker", "firecracker.pid", "state", "dev/kvm"):
             (root / name).touch()
         root.chmod(0o700)
-        machine._lock_jail()
+        jail.lock(root)
         assert root.stat().st_mode & 0o777 == (root / "dev" / "net").stat().st_mode & 0o777 == 0o755
         assert (root / "s").stat().st_mode & 0o777 == 0o700
-        machine._tidy_jail()
+        jail.tidy(root)
         assert {path.name for path in root.iterdir()} == {"disk", "api.sock", "v.sock", "s"}
 
     def test_a_memory_file_gets_a_second_name_that_nobody_can_write(self, machine: FirecrackerMachine, tmp_path: Path) -> None:
         saved = tmp_path / "mem"
         saved.write_bytes(b"x")
-        machine._share(saved, machine._root / "mem")
+        jail.share(saved, machine._root / "mem", space.clone)
         assert (machine._root / "mem").samefile(saved)
         assert saved.stat().st_mode & 0o777 == 0o444
 

@@ -18,7 +18,6 @@ import logging
 import os
 import shutil
 import socket
-import stat
 import struct
 import threading
 import time
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from pandastack.errors import RuntimeFailed
 from pandastack.host.runtimes import cgroups, launch, memory, microvms, pages
 from pandastack.host.runtimes.base import Channel, EndReason, MachineSpec, Memory, MemorySource, Usage
-from pandastack.host.runtimes.firecracker import client, command, sockets
+from pandastack.host.runtimes.firecracker import client, command, jail, vsock
 from pandastack.host.runtimes.firecracker.link import ACCEPTED, Link, preamble
 from pandastack.host.runtimes.launch import Process
 from pandastack.host.runtimes.microvms import DEVICES, DISK, FACTS, MEMORY, Laps
@@ -51,6 +50,7 @@ _SAVE_TIMEOUT_S = 120.0
 _CONNECT_TIMEOUT_S = 5.0
 # A daemon that has not answered by then has lost what was under way; the machine is saved all the same.
 _HOLD_TIMEOUT_S = 2.0
+_SAVING_CPUS = 2.0
 _AGAIN_S = 0.01
 _LOOK_S = 0.002
 _WATCH_S = 0.02
@@ -138,7 +138,7 @@ class FirecrackerMachine:
                     api.resume()  # It was being saved.
             self._whole = bool(record["whole"])
             self._runtime.users.remember(self.spec.id, Path(f"/proc/{process.pid}").stat().st_uid)
-            self._clear_scratch(process)
+            jail.clear_saved(process.pid)
         except (RuntimeFailed, OSError, KeyError) as error:
             _log.warning("machine %s cannot be taken over: %s", self.spec.id, error)
             process.close()
@@ -166,14 +166,14 @@ class FirecrackerMachine:
             self._spawn(kernel=kernel)
         process = self._alive()
         os.close(self._disk_from(self.spec.rootfs))
-        config, source, drive, vsock = command.machine(self.size, self.spec.limits.processes)
+        config, source, drive, device = command.machine(self.size, self.spec.limits.processes)
         with self._api() as api:
             api.configure(config)
             api.boot_source(source)
             api.drive(drive)
             api.entropy()
-            api.vsock(vsock)
-        self._lock_jail()
+            api.vsock(device)
+        jail.lock(self._root)
         # A connection of its own: making a machine may end Firecracker, and that shall be told from silence.
         try:
             with self._api() as api:
@@ -181,10 +181,10 @@ class FirecrackerMachine:
         except RuntimeFailed as error:
             detail = error.fields.get("detail") or process.last_words()
             raise RuntimeFailed("Firecracker cannot start a machine", detail=detail) from error
-        self._tidy_jail()
+        jail.tidy(self._root)
         ends = time.monotonic() + BOOT_TIMEOUT_S * self._runtime.patience
         # Its console is what it writes. Of that the beginning is kept, and nobody needs to read it: what a guest writes later is lost.
-        with contextlib.closing(_Listens(self._root / command.VSOCK)) as listens:
+        with contextlib.closing(vsock.Listens(self._root / command.VSOCK)) as listens:
             while True:
                 over, console = process.over, process.said()
                 if ready(console) if ready is not None else listens.now():
@@ -202,7 +202,7 @@ class FirecrackerMachine:
             self._process = None
 
     def _disk_from(self, source: Path) -> int:
-        """A copy of an image as this machine's disk, as large as its limit. Root's, in a folder that is root's: see `_open_disk`."""
+        """A copy of an image as this machine's disk, as large as its limit. Root's, in a folder that is root's: see `jail.open_disk`."""
         fd = microvms.disk_from(source, self._root / DISK, self.spec.limits.disk_mib, self._runtime.clone)
         os.fchmod(fd, 0o666)  # Nobody else comes by: the folders above are root's.
         return fd
@@ -220,14 +220,14 @@ class FirecrackerMachine:
                 laps.end("disk")
                 self._runtime.clone(snapshot / DEVICES, self._root / DEVICES)
                 (self._root / DEVICES).chmod(0o444)
-                self._share(snapshot / MEMORY, self._root / MEMORY)
+                jail.share(snapshot / MEMORY, self._root / MEMORY, self._runtime.clone)
                 laps.end("memory")
             load = client.SnapshotLoad(snapshot_path=DEVICES, mem_backend=client.MemoryBackend(backend_path=MEMORY), track_dirty_pages=True)
             try:
                 with self._api() as api:
                     api.load(load, timeout_s=_LOAD_TIMEOUT_S)
                     laps.end("devices")
-                    self._lock_jail()
+                    jail.lock(self._root)
                     if disk_bytes != facts["disk_bytes"]:
                         api.look_at_drive(command.DRIVE, DISK)
                     api.resume()
@@ -236,34 +236,9 @@ class FirecrackerMachine:
                 raise RuntimeFailed("the saved state cannot be restored", detail=detail) from error
             # The same file that is mapped now; its next state is written over a copy of it.
             (self._root / MEMORY).replace(self.spec.disk / BASE)
-            self._tidy_jail()
+            jail.tidy(self._root)
             self._running = True
             self._record(process, restore=laps)
-
-    def _share(self, source: Path, name: Path) -> None:
-        """Another name for a file that is not written to any more, so that all who map it share its pages; else a copy."""
-        source.chmod(0o444)  # Read by the users of machines, who come by it in their jails only.
-        try:
-            name.hardlink_to(source)
-        except OSError:
-            # On another file system, or too often.
-            self._runtime.clone(source, name)
-            name.chmod(0o444)
-
-    def _lock_jail(self) -> None:
-        """From here on its Firecracker makes no file in there, and puts none in the place of another one."""
-        for folder in (self._root, *(path for path in self._root.rglob("*") if path.is_dir() and not path.is_symlink())):
-            if folder.name != command.SCRATCH:
-                os.chown(folder, 0, 0, follow_symlinks=False)
-                folder.chmod(0o755)
-
-    def _tidy_jail(self) -> None:
-        """Take away what a machine that runs does not need."""
-        for path in self._root.iterdir():
-            if path.name in ("dev", "run"):
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name not in (DISK, command.API, command.VSOCK, command.SCRATCH):
-                path.unlink()
 
     def _own_facts(self) -> dict[str, Any]:
         return {"key": self._runtime.key, "cpus": self.size.cpus, "memory_mib": self.size.memory_mib}
@@ -275,9 +250,11 @@ class FirecrackerMachine:
             process = self._alive()
             # Firecracker forgets what was written when it has saved it. If this does not come to its end, nobody knows any more.
             self._record(process, whole=True)
-            # What it writes is charged to it, and the memory of its guest must not be taken for that.
+            # What it writes is charged to it, and the memory of its guest must not be taken for that. Nor shall one with a small
+            # part of a CPU stand still for long, because it has to save itself with that.
             self._cgroup.set_memory(self._memory_mib + 2 * self.size.memory_mib)
-            with contextlib.closing(_Descriptor(self._open_disk())) as disk:
+            self._cgroup.set_cpu(max(_SAVING_CPUS, self.spec.limits.cpu))
+            with contextlib.closing(_Descriptor(jail.open_disk(self._root))) as disk:
                 os.fdatasync(disk.fd)  # Written back now, so that little is left for when the guest stands still.
 
     def _afterwards(self, into: Path, laps: Laps, disk_bytes: int, whole: bool) -> None:
@@ -305,15 +282,16 @@ class FirecrackerMachine:
         with self._lock:
             if self._process is None or self._process.over:
                 return
-            self._clear_scratch(self._process)
+            jail.clear_saved(self._process.pid)
             with contextlib.suppress(OSError):
                 self._cgroup.set_memory(self._memory_mib)
+                self._cgroup.set_cpu(self.spec.limits.cpu)
             if self._frozen:
                 self._process.halt()
 
     def _take(self, into: Path, resume: bool, laps: Laps) -> tuple[int, bool]:
         """All that has to be of one instant. The guest stands still meanwhile. Returns the size of its disk, and whether all was saved."""
-        with self._lock, contextlib.closing(_Descriptor(self._open_disk())) as disk:
+        with self._lock, contextlib.closing(_Descriptor(jail.open_disk(self._root))) as disk:
             self._alive().go_on()
             whole, self._whole = self._whole, True
             save = client.SnapshotCreate(
@@ -350,7 +328,7 @@ class FirecrackerMachine:
             target.touch(mode=0o600, exist_ok=False)
             os.truncate(target, self.size.memory_bytes)
         with (
-            contextlib.closing(_Descriptor(self._scratch_file(process, MEMORY))) as source,
+            contextlib.closing(_Descriptor(jail.saved_file(process.pid, MEMORY))) as source,
             contextlib.closing(_Descriptor(os.open(target, os.O_RDWR | os.O_CLOEXEC))) as written,
         ):
             if os.fstat(source.fd).st_size != self.size.memory_bytes:
@@ -371,33 +349,8 @@ class FirecrackerMachine:
         self._whole = False
 
     def _keep_devices(self, process: Process, target: Path) -> None:
-        with contextlib.closing(_Descriptor(self._scratch_file(process, DEVICES))) as source:
+        with contextlib.closing(_Descriptor(jail.saved_file(process.pid, DEVICES))) as source:
             self._runtime.clone(Path(f"/proc/self/fd/{source.fd}"), target)
-
-    def _scratch_file(self, process: Process, name: str) -> int:
-        """A file that its Firecracker has made, open for reading. What else it may have put there is refused."""
-        fd = os.open(self._scratch(process) / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise RuntimeFailed("a file that Firecracker was to write is none", detail=name)
-        return fd
-
-    def _scratch(self, process: Process) -> Path:
-        return Path(f"/proc/{process.pid}/root", command.SCRATCH)
-
-    def _clear_scratch(self, process: Process) -> None:
-        for name in (MEMORY, DEVICES):
-            with contextlib.suppress(OSError):  # Gone with the process, or never made.
-                (self._scratch(process) / name).unlink(missing_ok=True)
-
-    def _open_disk(self) -> int:
-        """Its disk, which is root's, in a folder that is root's; anything else in this place is not."""
-        fd = os.open(self._root / DISK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != 0:
-            os.close(fd)
-            raise RuntimeFailed("the machine's disk is not the one that it was given")
-        return fd
 
     # Standing still without being saved.
 
@@ -425,7 +378,7 @@ class FirecrackerMachine:
         while True:
             self._alive()
             try:
-                return _dialed(self._root / command.VSOCK, opening, answer_bytes, ends)
+                return vsock.dialed(self._root / command.VSOCK, opening, answer_bytes, ends)
             except (OSError, TimeoutError, RuntimeFailed) as error:
                 if time.monotonic() > ends:
                     raise RuntimeFailed("the machine's daemon cannot be reached", detail=str(error)) from error
@@ -582,63 +535,3 @@ class _Descriptor:
 
     def close(self) -> None:
         os.close(self.fd)
-
-
-class _Listens:
-    """Whether the daemon of a machine that boots listens. A connection waits in Firecracker until the guest has answered it."""
-
-    def __init__(self, place: Path) -> None:
-        self._place = place
-        self._waiting: socket.socket | None = None
-
-    def now(self) -> bool:
-        with contextlib.suppress(OSError):
-            if self._waiting is None:
-                self._waiting = sockets.connect(self._place, _CONNECT_TIMEOUT_S)
-                self._waiting.sendall(_wish())
-                self._waiting.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                if self._waiting.recv(3) == b"OK ":
-                    return True
-                self.close()
-            return False
-        self.close()
-        return False
-
-    def close(self) -> None:
-        if self._waiting is not None:
-            self._waiting.close()
-            self._waiting = None
-
-
-def _wish() -> bytes:
-    return f"CONNECT {command.GUEST_PORT}\n".encode()
-
-
-def _dialed(place: Path, opening: bytes, answer_bytes: int, ends: float) -> tuple[socket.socket, bytes]:
-    connection = sockets.connect(place, max(0.001, ends - time.monotonic()))
-    try:
-        connection.sendall(_wish())
-        accepted = b""
-        while not accepted.endswith(b"\n"):
-            accepted += _received(connection, 1, ends)
-            if len(accepted) > 32:
-                raise RuntimeFailed("Firecracker accepts a connection with too many words")
-        if not accepted.startswith(b"OK "):
-            raise RuntimeFailed("Firecracker does not accept a connection", detail=repr(accepted))
-        connection.sendall(opening)
-        answer = b""
-        while len(answer) < answer_bytes:
-            answer += _received(connection, answer_bytes - len(answer), ends)
-    except BaseException:
-        connection.close()
-        raise
-    return connection, answer
-
-
-def _received(connection: socket.socket, count: int, ends: float) -> bytes:
-    connection.settimeout(max(0.001, ends - time.monotonic()))
-    piece = connection.recv(count)
-    if not piece:
-        raise ConnectionResetError("nobody listens there")
-    return piece
