@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from pandastack.errors import DiskFull, ObjectStoreUnavailable, PandastackError, SnapshotNotFound, SnapshotUnusable
+from pandastack.errors import DiskFull, HostUnfit, ObjectStoreUnavailable, PandastackError, SnapshotNotFound, SnapshotUnusable
 from pandastack.host.storage import snapshots as module
 from pandastack.host.storage.chunk_cache import ChunkCache
-from pandastack.host.storage.chunks import CHUNK_BYTES, Chunks
+from pandastack.host.storage.chunks import CHUNK_BYTES, Chunks, Index
 from pandastack.host.storage.depot import Depot
 from pandastack.host.storage.lazy import LazyMemory
 from pandastack.host.storage.objects import Objects
@@ -163,6 +163,29 @@ async def test_who_reads_it_meanwhile_reads_to_the_end(world: World) -> None:
         assert not going.done()
     await going
     assert not (made.folder / "mem").exists()
+
+
+async def test_memory_is_fetched_in_full_where_it_cannot_be_shown(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = await world.saved()
+    gone = await world.offloads.offload(made.manifest.id)
+
+    async def unfit(_index: Index) -> Path:
+        raise HostUnfit("this machine has no FUSE")
+
+    monkeypatch.setattr(world.offloads.lazy, "file", unfit)
+    async with world.offloads.opened(gone, "mem") as there:
+        assert not (there.folder / "mem").is_symlink()
+        assert (there.folder / "mem").read_bytes() == CONTENT["mem"]
+    shown = world.root / "elsewhere"
+
+    async def fit(_index: Index) -> Path:
+        return shown
+
+    monkeypatch.setattr(world.offloads.lazy, "file", fit)
+    async with world.offloads.opened(gone, "mem") as there:
+        assert (there.folder / "mem").readlink() == shown
+        assert (there.folder / "disk").read_bytes() == CONTENT["disk"]
+    assert not there.folder.exists()
 
 
 async def test_giving_it_up_leaves_it_where_it_was(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

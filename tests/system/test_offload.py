@@ -50,8 +50,8 @@ def objects() -> Iterator[Path]:
 
 
 @pytest.fixture
-def host(xfs: Path, own_server: MakeServer, tmp_path: Path, objects: Path) -> Server:
-    """A server with an object store and a chunk cache of its own, on which QEMU works."""
+def host(objects: Path, xfs: Path, own_server: MakeServer, tmp_path: Path) -> Server:
+    """A server with an object store and a chunk cache of its own, on which QEMU works. The store is there until the server has ended."""
     return with_store(str(objects), xfs, own_server, tmp_path)
 
 
