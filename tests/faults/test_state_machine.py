@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from hosts import Life, World, wanted
+from hosts import Life, World, settled, wanted
 from pandastack.wire.host import HostChild, HostFork
 from pandastack.wire.ids import ProcessId, SandboxId, SnapshotId, new_sandbox_id, new_snapshot_id
 from pandastack.wire.processes import ProcessStart
@@ -121,6 +121,7 @@ class Memories(RuleBasedStateMachine):
     def the_host_knows_what_the_model_knows(self) -> None:
         assert {one.id for one in self.do(self.life.host.list())} == set(self.told)
         assert {one.id for one in self.do(self.life.host.list_snapshots())} == set(self.saved)
+        self.do(settled(self.life.host))
         awake = [one for one in self.do(self.life.host.list()) if one.status != "hibernated"]
         assert len(self.world.runtime.machines) == len(awake)
         assert self.do(self.life.host.describe()).capacity.sandboxes == len(awake)
