@@ -181,11 +181,12 @@ def microvms(kernel: kernels.Kernel, guest_directory: Path, image: Image, xfs: P
 
 async def _make_microvms(name: str, kernel: kernels.Kernel, guest_directory: Path, image: Image, xfs: Path) -> Microvms | str:
     """Or why this machine has no KVM that runs guests."""
+    binary = _firecracker_binary() if name == "firecracker-kvm" else _qemu_binary()  # Skips, each time, where there is none.
     folder = xfs / name
     for part in ("machine", "disk", "saved"):
         (folder / part).mkdir(parents=True)
     unfinished = Microvms(
-        binary=_firecracker_binary() if name == "firecracker-kvm" else _qemu_binary(),
+        binary=binary,
         name=name,
         kernel=kernel,
         accelerator=ACCELERATORS[name],
