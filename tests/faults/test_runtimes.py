@@ -180,6 +180,32 @@ async def test_a_probe_that_fails_does_not_take_the_other_down(world: World, err
         await host.delete(made.id)
 
 
+async def test_one_that_did_not_work_is_tried_again_until_it_does(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "AGAIN_FIRST_S", 0.02)
+    monkeypatch.setattr(backends, "AGAIN_MOST_S", 0.05)
+    works = vm(world).outcome
+    without_vm(world)
+    async with world.opened() as host:
+        vm(world).fail("probe", RuntimeFailed("the probe broke"))
+        await until(lambda: "the probe broke" in _reason(host))
+        await until(lambda: "no kernel boots" in _reason(host))
+        with pytest.raises(RuntimeUnavailable, match="no kernel boots"):
+            await host.create(wanted(isolation=VM))
+        (world.root / "machines-fakevm" / "old").mkdir(parents=True)
+        vm(world).outcome = works
+        await until(lambda: host.backends.find(VM) is not None)
+        # As the others are, it is swept before it is used.
+        assert world.left() == {}
+        made = await host.create(wanted(isolation=VM))
+        assert made.runtime == VM
+        await host.delete(made.id)
+    assert world.left() == {}
+
+
+def _reason(host: HostService) -> str:
+    return next(one.reason or "" for one in host.backends.infos() if one.name == VM)
+
+
 async def test_a_host_on_which_only_the_slow_one_works_waits_for_it(world: World) -> None:
     world.runtime.outcome = Probe(works=False, reason="no gVisor")
     async with world.opened() as host:

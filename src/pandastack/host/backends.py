@@ -1,7 +1,8 @@
 """The runtimes of this host: which may be here, which really work, and which one a sandbox gets.
 
     offered -> being tried -> here (a `Backend`: the runtime with its machines and its bakery)
-                           -> does not work here, and why
+                           -> does not work here, and why; tried again later and ever more seldom, because that may have been
+                              a busy machine, or is put right while the host runs
 
 What is tried `at_once` is known before the host serves requests, and so is every runtime whose machines of an earlier life may still
 run. The others, which boot a kernel to be tried, follow in the background; who needs one of them waits for it. Part of the
@@ -31,6 +32,7 @@ from pandastack.wire.isolation import AUTO, MICROVM, MINIMUMS, RUNTIMES, Level, 
 log = structlog.get_logger(__name__)
 
 TRY_TIMEOUT_S = 300.0  # A kernel that boots under emulation on a busy machine.
+AGAIN_FIRST_S, AGAIN_MOST_S = 60.0, 3600.0  # Between two tries of a runtime that does not work; doubled each time.
 PATIENCE_S = 20.0  # How long a request waits for a runtime that is being tried.
 SWEEP_TIMEOUT_S = 30.0
 _DOCTOR = "run `pandastack doctor`"
@@ -161,18 +163,22 @@ class Backends:
 
     async def _serve(self, offer: Offer) -> None:
         await self._try(offer, late=True)
-        backend = self._here.get(offer.name)
-        if backend is not None:
-            await backend.machines.run()
+        wait_s = AGAIN_FIRST_S
+        while (backend := self._here.get(offer.name)) is None:
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, AGAIN_MOST_S)
+            await self._try(offer, late=True, again=True)
+        await backend.machines.run()
 
-    async def _try(self, offer: Offer, *, late: bool = False) -> None:
+    async def _try(self, offer: Offer, *, late: bool = False, again: bool = False) -> None:
         async with self._turns[offer.name]:
-            if offer.name in self._here or offer.name in self._failed:
+            before = self._failed.get(offer.name)
+            if offer.name in self._here or (before is not None and not again):
                 return
             runtime, probe = await self._find(offer)
             if runtime is None or not probe.works:
                 self._failed[offer.name] = (runtime, probe)
-                if late:
+                if late and (before is None or before[1] != probe):
                     _tell(offer.name, probe)
             else:
                 backend = self._join(offer, runtime, probe)
@@ -181,6 +187,7 @@ class Backends:
                     await self._sweep(backend)
                 log.info("runtime works", runtime=offer.name, version=probe.version, acceleration=runtime.acceleration)
                 self._here[offer.name] = backend
+                self._failed.pop(offer.name, None)
             news, self._news = self._news, asyncio.Event()
             news.set()
 
