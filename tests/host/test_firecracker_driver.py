@@ -204,19 +204,19 @@ class TestWhole:
 
     def test_what_was_saved_here_is_the_base_of_what_comes(self, machine: FirecrackerMachine, tmp_path: Path) -> None:
         saved = tmp_path / "saved"
-        machine._whole = True
+        machine._memory.whole = True
         saved.write_bytes(b"x")
-        machine._share_as_base(saved)
+        machine._memory.share_as_base(saved)
         assert (machine.spec.disk / "base").samefile(saved)
-        assert not machine._whole
+        assert not machine._memory.whole
 
     def test_what_was_saved_on_another_file_system_is_not(self, machine: FirecrackerMachine, tmp_path: Path, elsewhere: Path) -> None:
         if elsewhere.stat().st_dev == tmp_path.stat().st_dev:
             pytest.skip("there is one file system here")
-        machine._whole = True
+        machine._memory.whole = True
         (elsewhere / "mem").write_bytes(b"x")
-        machine._share_as_base(elsewhere / "mem")
-        assert machine._whole
+        machine._memory.share_as_base(elsewhere / "mem")
+        assert machine._memory.whole
         assert not (machine.spec.disk / "base").exists()
 
 

@@ -137,6 +137,15 @@ def disk_from(source: Path, disk: Path, disk_mib: int, clone: Callable[[Path, Pa
 
 
 @contextlib.contextmanager
+def held(fd: int) -> Iterator[int]:
+    """A descriptor that is closed at the end of the block."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
 def filled() -> Iterator[None]:
     """A full disk is said as such."""
     try:

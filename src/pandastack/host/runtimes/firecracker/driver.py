@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,16 +21,15 @@ from pandastack.host.runtimes.base import Capabilities, Limits, MachineId, Machi
 from pandastack.host.runtimes.firecracker import command
 from pandastack.host.runtimes.firecracker.command import Binaries
 from pandastack.host.runtimes.firecracker.machine import FirecrackerMachine
+from pandastack.host.runtimes.hypervisors import HypervisorRuntime
 from pandastack.host.runtimes.microvms import KVM
-from pandastack.host.runtimes.users import Users
-from pandastack.host.runtimes.waiting import to_the_end
 
 _ASK_TIMEOUT_S = 20.0
 _TRIAL = Limits(cpu=1, memory_mib=128, disk_mib=1)
 _REMEDY = "run `pandastack host install firecracker`, or name one in PANDASTACK_FIRECRACKER"
 
 
-class FirecrackerRuntime:
+class FirecrackerRuntime(HypervisorRuntime[FirecrackerMachine]):
     """See `base.Runtime`. `root` is private to this install.
 
     `vmlinux`, `initramfs` and `digest` are those of a guest kernel as `host.kernels` makes it. `group` is the parent of the machines'
@@ -58,20 +57,10 @@ class FirecrackerRuntime:
         patience: float = 1.0,
         unfiltered: bool = False,
     ) -> None:
+        super().__init__(root=root, group=group, clone=clone, cache=cache, patience=patience)
         self.binaries = binaries
-        self.patience = patience
-        self.version = ""
-        self.key = ""
-        self.root = root
-        self.clone = clone
-        self.users = Users()
-        self._verdicts = microvms.Verdicts(cache or root / "cache")
         self._vmlinux, self._initramfs, self._digest = vmlinux, initramfs, digest
-        self._group = cgroups.Group(group)
         self._unfiltered = unfiltered
-
-    def cgroup(self, machine: str) -> cgroups.MachineCgroup:
-        return self._group.of(machine)
 
     def jailed(self, jail: command.Jail, cgroup: cgroups.MachineCgroup, memory_mib: int, kernel: command.Kernel | None) -> list[str]:
         return command.jailed(
@@ -183,30 +172,9 @@ class FirecrackerRuntime:
 
     # Machines.
 
-    async def prepare(self, spec: MachineSpec) -> FirecrackerMachine:
-        machine = FirecrackerMachine(self, spec, self.cgroup(spec.id))
-        try:
-            await to_the_end(machine.prepare)
-        except BaseException:
-            await machine.stop()
-            raise
-        return machine
+    def _machine(self, spec: MachineSpec) -> FirecrackerMachine:
+        return FirecrackerMachine(self, spec, self.cgroup(spec.id))
 
-    async def adopt(self, spec: MachineSpec) -> FirecrackerMachine | None:
-        machine = FirecrackerMachine(self, spec, self.cgroup(spec.id))
-        alive = await asyncio.to_thread(machine.find_again)
-        return machine if alive else None
-
-    async def sweep(self, keep: Collection[MachineId]) -> list[MachineId]:
-        """Their jails are in the folders of their disks, which are the caller's."""
-        return await asyncio.to_thread(self._sweep, frozenset(keep))
-
-    def _sweep(self, keep: frozenset[str]) -> list[MachineId]:
-        gone = sorted(self._group.machines() - keep)
-        for machine in gone:
-            self.cgroup(machine).remove()
-            self.users.forget(machine)
-        for place in self.root.glob("probe-*"):  # Of a daemon that died while it probed.
-            if place.name not in keep and place.name in gone:
-                shutil.rmtree(place, ignore_errors=True)
-        return [MachineId(machine) for machine in gone]
+    def remove_files(self, machine: str) -> None:
+        """Of a probe, by a daemon that died meanwhile. The jail of any other is in the folder of its disk, which is the caller's."""
+        shutil.rmtree(self.root / machine, ignore_errors=True)

@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import socket
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,13 @@ from typing import Literal
 
 from pandastack.errors import HostUnfit, RuntimeFailed
 from pandastack.host.runtimes import cgroups, launch, microvms
-from pandastack.host.runtimes.base import Capabilities, MachineId, MachineSpec, Probe
+from pandastack.host.runtimes.base import Capabilities, MachineSpec, Probe
+from pandastack.host.runtimes.hypervisors import HypervisorRuntime
 from pandastack.host.runtimes.launch import Process
 from pandastack.host.runtimes.microvms import KVM
 from pandastack.host.runtimes.qemu import capture, command
 from pandastack.host.runtimes.qemu.command import Acceleration
 from pandastack.host.runtimes.qemu.machine import QemuMachine
-from pandastack.host.runtimes.users import Users
-from pandastack.host.runtimes.waiting import to_the_end
 
 _NAME = "QEMU"
 _ASK_TIMEOUT_S = 20.0
@@ -46,7 +45,7 @@ class Verdict:
     why: str | None = None
 
 
-class QemuRuntime:
+class QemuRuntime(HypervisorRuntime[QemuMachine]):
     """See `base.Runtime`. `root` must be short (a socket path is at most 107 bytes) and private to this install.
 
     `vmlinux`, `initramfs` and `digest` are those of a guest kernel as `host.kernels` makes it. `group` is the parent of the machines'
@@ -72,22 +71,15 @@ class QemuRuntime:
         accelerator: Literal["auto", "kvm", "tcg"] = "auto",
         patience: float = 1.0,
     ) -> None:
-        self.patience = patience
+        super().__init__(root=root, group=group, clone=clone, cache=cache, patience=patience)
         self.acceleration: str | None = None
-        self.version = ""
-        self.key = ""
-        self.root = root
-        self.clone = clone
-        self._verdicts = microvms.Verdicts(cache or root / "cache")
         self.arenas = capture.Arenas()
         # By its own name: links to it may lead through folders that the jail has not.
         self._binary = binary.resolve()
         self._jail = command.Jail.of(root, binary)
         self._vmlinux, self._initramfs, self._digest = vmlinux, initramfs, digest
-        self._group = cgroups.Group(group)
         self._accelerator = accelerator
         self._tsc_khz = 0
-        self.users = Users()
 
     @property
     def accelerated(self) -> Acceleration:
@@ -96,9 +88,6 @@ class QemuRuntime:
         if self.acceleration == "tcg":
             return "tcg"
         raise RuntimeFailed("QEMU was used before it was probed")
-
-    def cgroup(self, machine: str) -> cgroups.MachineCgroup:
-        return self._group.of(machine)
 
     def confined(self, argv: list[str], machine: str, cgroup: cgroups.MachineCgroup, boot: command.Boot | None) -> list[str]:
         kvm = self.accelerated == "kvm"
@@ -248,32 +237,11 @@ class QemuRuntime:
 
     # Machines.
 
-    async def prepare(self, spec: MachineSpec) -> QemuMachine:
-        machine = QemuMachine(self, spec, self.cgroup(spec.id))
-        try:
-            await to_the_end(machine.prepare)
-        except BaseException:
-            await machine.stop()
-            raise
-        return machine
+    def _machine(self, spec: MachineSpec) -> QemuMachine:
+        return QemuMachine(self, spec, self.cgroup(spec.id))
 
-    async def adopt(self, spec: MachineSpec) -> QemuMachine | None:
-        machine = QemuMachine(self, spec, self.cgroup(spec.id))
-        alive = await asyncio.to_thread(machine.find_again)
-        return machine if alive else None
-
-    async def sweep(self, keep: Collection[MachineId]) -> list[MachineId]:
-        return await asyncio.to_thread(self._sweep, frozenset(keep))
-
-    def _sweep(self, keep: frozenset[MachineId]) -> list[MachineId]:
-        found = self._group.machines()
-        found.update(file.stem for suffix in ("c", "q") for file in self.root.glob(f"*.{suffix}"))
-        gone = sorted(found - keep)
-        for machine in gone:
-            self.cgroup(machine).remove()
-            self.remove_files(machine)
-            self.users.forget(machine)
-        return [MachineId(machine) for machine in gone]
+    def _with_files(self) -> set[str]:
+        return {file.stem for suffix in ("c", "q") for file in self.root.glob(f"*.{suffix}")}
 
     def remove_files(self, machine: str) -> None:
         for suffix in ("c", "q"):

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
@@ -21,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pandastack.errors import RuntimeFailed
-from pandastack.host.runtimes import cgroups, launch, memory, microvms
-from pandastack.host.runtimes.base import Channel, EndReason, MachineSpec, Memory, MemorySource, Usage
+from pandastack.host.runtimes import cgroups, launch, microvms
+from pandastack.host.runtimes.base import Channel, MachineSpec, MemorySource
+from pandastack.host.runtimes.hypervisors import HypervisorMachine
 from pandastack.host.runtimes.launch import Process
 from pandastack.host.runtimes.microvms import DEVICES, DISK, FACTS, MEMORY, Laps
 from pandastack.host.runtimes.qemu import client, command, dirty, mapping, taking
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_NAME = "QEMU"
 BOOT_ATTEMPTS = 3
 BOOT_TIMEOUT_S = {"kvm": 15.0, "tcg": 60.0}
 _LOAD_TIMEOUT_S = 30.0
@@ -41,31 +40,26 @@ _SAVE_TIMEOUT_S = 60.0
 _CONNECT_TIMEOUT_S = 5.0
 
 
-class QemuMachine:
+class QemuMachine(HypervisorMachine):
     """See `base.Machine`."""
 
+    hypervisor = "QEMU"
+    attempts = BOOT_ATTEMPTS
+    _runtime: QemuRuntime
+
     def __init__(self, runtime: QemuRuntime, spec: MachineSpec, cgroup: cgroups.MachineCgroup) -> None:
-        self.spec = spec
-        self.size = microvms.Size.of(spec.limits)
-        self._runtime = runtime
-        self._cgroup = cgroup
-        self._process: Process | None = None
+        super().__init__(runtime, spec, cgroup)
         self._address = 0  # of the guest's memory in QEMU's
         self._base_fd: int | None = None  # The file that its memory was restored from.
         self._base_name: Path | None = None
-        self._running = False
-        self._stopped = False
-        self._frozen = False
         self._connected = False
-        self._lock = threading.RLock()
         self._control = runtime.root / f"{spec.id}.q"
         self._channel = runtime.root / f"{spec.id}.c"
 
     # Blocking parts, run in worker threads.
 
     def prepare(self) -> None:
-        if not self.spec.rootfs.is_file():
-            raise RuntimeFailed("the machine's root is no image", hint="microVMs boot from raw ext4 images", detail=str(self.spec.rootfs))
+        self._check_root()
         self._cgroup.create(
             memory_mib=self.size.memory_mib + command.OVERHEAD_MIB[self._runtime.accelerated],
             cpu=self.spec.limits.cpu,
@@ -83,7 +77,7 @@ class QemuMachine:
             fds = [channel.fileno(), control.fileno(), disk_fd]
             fds += [boot.vmlinux_fd, boot.initramfs_fd, boot.serial_fd] if boot else []
             confined = self._runtime.confined(argv, self.spec.id, self._cgroup, boot)
-            self._process = Process.spawn(_NAME, confined, [fd for fd in fds if fd is not None])
+            self._process = Process.spawn(self.hypervisor, confined, [fd for fd in fds if fd is not None])
         try:
             # Only QEMU has the sockets now, so its end is noticed.
             with client.opened(self._control) as qmp:
@@ -101,49 +95,24 @@ class QemuMachine:
         restored = self._base_fd is not None
         microvms.record(self.spec.state, process, address=self._address, running=self._running, restored=restored, **took)
 
-    def find_again(self) -> bool:
-        """Recognise the process of an earlier life of this daemon: pid, start time and boot must all be the same."""
-        found = microvms.recorded(self.spec.state, _NAME)
-        if found is None:
-            return False
-        process, record = found
-        process.go_on()  # It may have been frozen when the daemon died.
-        try:
-            with client.opened(self._control, timeout_s=_CONNECT_TIMEOUT_S) as qmp:
-                if qmp.call("query-status").get("status") == "paused":
-                    # That, or it was being saved.
-                    qmp.call("cont")
-            self._address = int(record["address"])
-            if record["restored"]:
-                self._rest_on(_mapped(process.pid, self._address, self.size.memory_bytes))
-            self._runtime.users.remember(self.spec.id, Path(f"/proc/{process.pid}").stat().st_uid)
-        except (RuntimeFailed, OSError, KeyError, ValueError) as error:
-            _log.warning("machine %s cannot be taken over: %s", self.spec.id, error)
-            process.close()
-            return False
-        self._process, self._running = process, True
-        self._connected = True  # By an earlier life; what it was saying may still be under way.
-        return True
+    def _record_running(self) -> None:
+        self._record(self._alive())
 
-    def _start(self) -> None:
-        with self._lock:
-            for attempt in range(1, BOOT_ATTEMPTS + 1):
-                self._end_process()
-                # Anew each time: a kernel that hung may have written to it.
-                disk_fd = self._disk_from(self.spec.rootfs)
-                try:
-                    came, console = self._boot(disk_fd)
-                finally:
-                    os.close(disk_fd)
-                if came:
-                    self._running = True
-                    self._record(self._alive())
-                    return
-                said = microvms.telling(console)
-                if self.over:  # By its own decision, so it would decide the same again.
-                    raise RuntimeFailed("the guest ended while it booted", detail=said)
-                _log.warning("machine %s hangs while it boots (attempt %d): %s", self.spec.id, attempt, said)
-        raise RuntimeFailed(f"the guest did not boot in {BOOT_ATTEMPTS} attempts", detail=said)
+    def _take_over(self, process: Process, record: dict[str, Any]) -> None:
+        with client.opened(self._control, timeout_s=_CONNECT_TIMEOUT_S) as qmp:
+            if qmp.call("query-status").get("status") == "paused":
+                # That, or it was being saved.
+                qmp.call("cont")
+        self._address = int(record["address"])
+        if record["restored"]:
+            self._rest_on(_mapped(process.pid, self._address, self.size.memory_bytes))
+        self._connected = True  # By an earlier life; what it was saying may still be under way.
+
+    def _boot_anew(self) -> tuple[bool, str]:
+        self.end_process()
+        # Anew each time: a kernel that hung may have written to it.
+        with microvms.held(self._disk_from(self.spec.rootfs)) as disk_fd:
+            return self._boot(disk_fd)
 
     def _boot(self, disk_fd: int) -> tuple[bool, str]:
         """Whether the guest daemon came, and what the console said."""
@@ -163,12 +132,6 @@ class QemuMachine:
 
             timeout_s = BOOT_TIMEOUT_S[self._runtime.accelerated] * self._runtime.patience
             return launch.watch(process, ours, ready, timeout_s=timeout_s)
-
-    def _end_process(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.close()
-            self._process = None
 
     def _disk_from(self, source: Path) -> int:
         """A copy of an image as this machine's disk, as large as its limit, open for QEMU."""
@@ -221,15 +184,12 @@ class QemuMachine:
         self._base_fd = fd
         self._base_name = Path(f"/proc/self/fd/{fd}").readlink()
 
-    def _own_facts(self) -> dict[str, Any]:
-        return {"key": self._runtime.key, "cpus": self.size.cpus, "memory_mib": self.size.memory_mib}
-
     def _snapshot(self, into: Path, resume: bool, still: InThread) -> None:
         with self._lock, self._runtime.arenas.one() as arena, self._speaking() as (process, qmp):
             # Written back now, so that little is left for when the guest stands still.
-            with contextlib.closing(_Descriptor(self.spec.disk / DISK, os.O_RDWR)) as disk:
-                os.fdatasync(disk.fd)
-                disk_bytes = os.fstat(disk.fd).st_size
+            with microvms.held(os.open(self.spec.disk / DISK, os.O_RDWR | os.O_CLOEXEC)) as disk_fd:
+                os.fdatasync(disk_fd)
+                disk_bytes = os.fstat(disk_fd).st_size
             taken = taking.Memory(arena, process.pid, self._address, self.size.memory_bytes)
             taken.ahead()
             laps = Laps()
@@ -274,8 +234,8 @@ class QemuMachine:
         laps.end("go on")
 
     def _save_devices(self, qmp: client.Connection, target: Path) -> None:
-        with contextlib.closing(_Descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL)) as devices:
-            qmp.call("add-fd", {"fdset-id": 9}, fd=devices.fd)
+        with microvms.held(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)) as devices_fd:
+            qmp.call("add-fd", {"fdset-id": 9}, fd=devices_fd)
         try:
             arguments = {"filename": "/dev/fdset/9", "live": False}
             qmp.call("xen-save-devices-state", arguments, timeout_s=_SAVE_TIMEOUT_S)
@@ -328,35 +288,10 @@ class QemuMachine:
         fd = connection.detach()
         return Channel(read_fd=fd, write_fd=fd, fresh=fresh)
 
-    def _alive(self) -> Process:
-        process = self._process
-        if process is None or self._stopped or process.over:
-            raise RuntimeFailed("the machine is over")
-        return process
-
-    def _usage(self) -> Usage:
-        return microvms.usage(self._alive(), self._cgroup)
-
-    def _stop(self) -> None:
-        self._stopped = True
-        process = self._process
-        if process is not None and not process.over:
-            process.kill()  # Without the lock: whoever holds it may wait for what this process says.
-        with self._lock:
-            self._cgroup.remove()
-            if self._process is not None:
-                self._process.reap()
-            self._runtime.remove_files(self.spec.id)
-            microvms.forget_record(self.spec.state)
-            self._runtime.users.forget(self.spec.id)
+    def _remove_files(self) -> None:
+        self._runtime.remove_files(self.spec.id)
 
     # The contract.
-
-    async def start(self) -> None:
-        await asyncio.to_thread(self._start)
-
-    async def restore(self, snapshot: Path) -> None:
-        await to_the_end(self._restore, snapshot)
 
     async def connect(self) -> Channel:
         return await asyncio.to_thread(self._connect)
@@ -372,52 +307,15 @@ class QemuMachine:
         if self._frozen:
             await asyncio.to_thread(self._freeze, False)
 
-    async def usage(self) -> Usage:
-        return await asyncio.to_thread(self._usage)
-
-    def memory_share(self) -> float:
-        """Nothing: the guest's own kernel ends whoever needs too much in there, and the machine lives on."""
-        return 0.0
-
-    async def memory(self) -> Memory:
-        return await asyncio.to_thread(lambda: memory.of([self._alive().pid], files_are_shared=True))
-
-    async def ended(self) -> EndReason:
-        if self._process is not None:
-            await launch.ended(self._process)
-        if self._stopped or self._process is None:
-            return "stopped"
-        await asyncio.to_thread(self._process.reap)
-        killed = await asyncio.to_thread(self._cgroup.oom_kills)
-        return "oom" if killed else "exited"
-
-    @property
-    def over(self) -> bool:
-        return self._process is None or self._process.over
-
     @property
     def memory_source(self) -> MemorySource | None:
         return None if self._base_name is None else MemorySource(file=self._base_name, user=self._runtime.users.of(self.spec.id))
 
     def let_go(self) -> None:
-        if self._process is not None:
-            self._process.close()
-            self._process = None
+        super().let_go()
         if self._base_fd is not None:
             os.close(self._base_fd)
             self._base_fd = None
-
-    async def stop(self) -> None:
-        await asyncio.to_thread(self._stop)
-        self.let_go()
-
-
-class _Descriptor:
-    def __init__(self, path: Path, flags: int) -> None:
-        self.fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
-
-    def close(self) -> None:
-        os.close(self.fd)
 
 
 def _address(qmp: client.Connection) -> int:
