@@ -562,6 +562,25 @@ async def test_who_wants_it_still_for_that_instant_is_asked_once(bench: Bench) -
         assert not (await guest.health()).frozen
 
 
+async def test_a_machine_can_be_frozen_by_who_wanted_it_still(bench: Bench) -> None:
+    """As one that was paused is, when it has been saved."""
+    into = _made(bench.root / "saved")
+
+    @asynccontextmanager
+    async def still(machine: Machine) -> AsyncIterator[None]:
+        yield
+        await machine.freeze()
+
+    async with bench.started() as (machine, guest):
+        async with asyncio.timeout(30 * PATIENCE):
+            await machine.snapshot(into, resume=True, still=still(machine))
+        answer = asyncio.create_task(guest.health())
+        await asyncio.sleep(0.3)
+        assert not answer.done(), "it is frozen again"
+        await machine.thaw()
+        await answer
+
+
 async def test_a_frozen_machine_is_saved_on_the_way_and_its_copies_are_others(bench: Bench) -> None:
     """A live fork: the parent loses nothing, a copy does nothing before it is itself, and nothing asked of the parent."""
     into = bench.root / "saved"

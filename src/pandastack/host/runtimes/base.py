@@ -147,6 +147,7 @@ class Machine(Protocol):
         """Save memory, processes and disk of one instant into the empty directory `into`; then go on, or stay stopped.
 
         That instant is in `still`, which is entered and left once: what can be done ahead of it and afterwards is done outside.
+        Whoever leaves it may freeze the machine then.
         """
         ...
 

@@ -185,31 +185,35 @@ class QemuMachine(HypervisorMachine):
         self._base_name = Path(f"/proc/self/fd/{fd}").readlink()
 
     def _snapshot(self, into: Path, resume: bool, still: InThread) -> None:
-        with self._lock, self._runtime.arenas.one() as arena, self._speaking() as (process, qmp):
-            # Written back now, so that little is left for when the guest stands still.
-            with microvms.held(os.open(self.spec.disk / DISK, os.O_RDWR | os.O_CLOEXEC)) as disk_fd:
-                os.fdatasync(disk_fd)
-                disk_bytes = os.fstat(disk_fd).st_size
-            taken = taking.Memory(arena, process.pid, self._address, self.size.memory_bytes)
-            taken.ahead()
-            laps = Laps()
-            with still:
+        with self._runtime.arenas.one() as arena, contextlib.ExitStack() as held, contextlib.ExitStack() as leaving:
+            with self._lock, self._speaking() as (process, qmp):
+                base_fd = None if self._base_fd is None else held.enter_context(microvms.held(os.dup(self._base_fd)))
+                # Written back now, so that little is left for when the guest stands still.
+                with microvms.held(os.open(self.spec.disk / DISK, os.O_RDWR | os.O_CLOEXEC)) as disk_fd:
+                    os.fdatasync(disk_fd)
+                    disk_bytes = os.fstat(disk_fd).st_size
+                taken = taking.Memory(arena, process.pid, self._address, self.size.memory_bytes)
+                taken.ahead()
+                laps = Laps()
+                leaving.enter_context(still)
                 laps.end("hold")
                 self._take(qmp, taken, into, resume, laps)
+            # Without the lock: who leaves it may freeze the machine again.
+            leaving.close()
             laps.end("let go")
             with microvms.filled():
-                written = self._write_memory(taken, into / MEMORY)
-            facts = self._own_facts() | {
-                "qemu": self._runtime.version,
-                "disk_bytes": disk_bytes,
-                "pause_ms": laps.sum_ms,
-                "pause_parts_ms": laps.ms,
-                "ahead_bytes": taken.ahead_bytes,
-                "rest_bytes": taken.rest_bytes,
-                "written_bytes": written,
-            }
-            (into / FACTS).write_text(json.dumps(facts))
-            _log.debug("machine %s stood still for %.1f ms: %s", self.spec.id, laps.sum_ms, laps.ms)
+                written = self._write_memory(taken, base_fd, into / MEMORY)
+        facts = self._own_facts() | {
+            "qemu": self._runtime.version,
+            "disk_bytes": disk_bytes,
+            "pause_ms": laps.sum_ms,
+            "pause_parts_ms": laps.ms,
+            "ahead_bytes": taken.ahead_bytes,
+            "rest_bytes": taken.rest_bytes,
+            "written_bytes": written,
+        }
+        (into / FACTS).write_text(json.dumps(facts))
+        _log.debug("machine %s stood still for %.1f ms: %s", self.spec.id, laps.sum_ms, laps.ms)
 
     def _take(self, qmp: client.Connection, taken: taking.Memory, into: Path, resume: bool, laps: Laps) -> None:
         """All that has to be of one instant. The guest stands still meanwhile."""
@@ -242,9 +246,9 @@ class QemuMachine(HypervisorMachine):
         finally:
             qmp.call("remove-fd", {"fdset-id": 9})
 
-    def _write_memory(self, taken: taking.Memory, target: Path) -> int:
-        if self._base_fd is not None:
-            self._runtime.clone(Path(f"/proc/self/fd/{self._base_fd}"), target)
+    def _write_memory(self, taken: taking.Memory, base_fd: int | None, target: Path) -> int:
+        if base_fd is not None:
+            self._runtime.clone(Path(f"/proc/self/fd/{base_fd}"), target)
         else:
             target.touch(mode=0o600, exist_ok=False)
             os.truncate(target, self.size.memory_bytes)
