@@ -261,7 +261,6 @@ def test_requests_made_from_the_contract_are_answered_as_it_says(database: Any) 
             @given(case=operation.as_strategy())
             @settings(
                 max_examples=EXAMPLES,
-                deadline=None,
                 database=None,
                 suppress_health_check=list(HealthCheck),
                 phases=[Phase.generate],

@@ -47,7 +47,7 @@ def test_the_beginning_stays_as_long_as_two_may(points: list[Point], keep: int) 
         assert min(points, key=lambda point: (point.at_us, point.id)) in left_of(points, keep, 1 << 62)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(4, 40), st.integers(100, 600), st.integers(1, 10**9))
 def test_what_is_older_becomes_sparser(keep: int, count: int, every_us: int) -> None:
     """As they come in, one after the other, evenly."""

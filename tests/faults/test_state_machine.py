@@ -153,4 +153,4 @@ class Memories(RuleBasedStateMachine):
 
 @pytest.mark.usefixtures("no_leaks")
 class TestMemories(Memories.TestCase):  # type: ignore[misc,name-defined]
-    settings = settings(max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+    settings = settings(max_examples=25, stateful_step_count=25, suppress_health_check=list(HealthCheck))

@@ -18,7 +18,7 @@ from pandastack.wire import patches
 from pandastack.wire.patches import Blob
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="no git on this machine")
-SLOW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+SLOW = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 lines = st.lists(st.sampled_from([b"a\n", b"b\n", b"c\n", b"\n", b"}\n", b"odd\r\n", b"\xff\n", b"-- x\n", b"@@ -1 +1 @@\n"]), max_size=30)
 texts = st.builds(lambda rows, end: b"".join(rows) + end, lines, st.sampled_from([b"", b"no end"]))
