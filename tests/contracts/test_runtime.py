@@ -413,7 +413,7 @@ async def say(guest: Guest, shell: str) -> tuple[str, int]:
 
 
 async def frozen(guest: Guest, *, reason: str = "snapshot") -> Sealed:
-    """A seal with a freeze. It has two seconds and is all or nothing, so where everything is slow it may be asked for again."""
+    """A seal with a freeze. It has five seconds and is all or nothing, so where everything is slow it may be asked for again."""
     for _ in range(4 if PATIENCE > 1 else 0):
         try:
             return await guest.seal(freeze=True, reason=reason)
@@ -1031,7 +1031,9 @@ class TestMicrovm:
         assert await asyncio.to_thread(_digest, shared) == before
 
     async def test_machines_of_one_state_share_what_they_did_not_write(self, bench: Bench) -> None:
-        async with bench.started() as (one, guest), bench.started() as (other, _):
+        async with bench.started() as (one, guest), bench.started() as (other, second):
+            for each in (guest, second):
+                assert await say(each, "echo on") == ("on\n", 0)
             alone = await other.memory()
             before = await one.memory()
             assert await say(guest, "head -c 50000000 /dev/urandom | tail -c 50000000 >/dev/shm/x; echo on") == ("on\n", 0)

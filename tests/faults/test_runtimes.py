@@ -170,6 +170,22 @@ async def test_a_probe_that_never_ends_is_given_up(world: World, monkeypatch: py
             await host.create(wanted(isolation=VM))
 
 
+async def test_a_host_ends_while_a_runtime_is_tried_that_cannot_be_undone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    trying = asyncio.Event()
+
+    async def stubborn() -> Probe:
+        trying.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            raise OSError("Directory not empty")
+
+    monkeypatch.setattr(vm(world), "probe", stubborn)
+    async with asyncio.timeout(20), world.opened():
+        await trying.wait()
+    assert world.left() == {}
+
+
 @pytest.mark.parametrize("error", [RuntimeFailed("the probe broke"), ValueError("nobody thought of it")])
 async def test_a_probe_that_fails_does_not_take_the_other_down(world: World, error: Any) -> None:
     vm(world).fail("probe", error)

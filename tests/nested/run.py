@@ -1,7 +1,8 @@
 """Runs the contract of microVMs on KVM in an outer machine, see `outer`. `scripts/test-nested` starts it.
 
-The code that it ends with is that of pytest, and 1 where the outer machine did not live through it, or a test was skipped that may not
-be. An outer machine that hangs is tried once more, and that is said; a second one that hangs is a failure.
+The code that it ends with is that of pytest, 77 where this machine can run none, and 1 where the outer machine did not live through
+it, or a test was skipped that may not be. An outer machine that hangs is tried once more, and that is said; a second one that hangs is a
+failure.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pandastack.host.storage.roots import Roots
 LOGS = outer.PROJECT / ".cache" / "nested"
 CONTRACT = "tests/contracts/test_runtime.py"
 ATTEMPTS = 2
+UNFIT = 77
 # How many times slower a machine in the outer machine is than one on a CPU.
 PATIENCE = 20
 # Seconds for each runtime, and the tests.
@@ -141,7 +143,7 @@ def main(arguments: Sequence[str]) -> int:
         code, line = run(expression, deadline_s=options.deadline_s or deadline_s * len(runtimes()), cache=cache, output=output)
     except HostUnfit as error:
         outer.say(f"{error.message}; {error.hint}")
-        return 1
+        return UNFIT
     outer.say(line)
     return code
 

@@ -69,6 +69,7 @@ def test_a_server_that_is_killed_meanwhile_leaves_no_view(own_server: MakeServer
     sandbox = client.sandboxes.create("base", persistent=True)
     sandbox.exec("mkdir /w; head -c 60000000 /dev/urandom > /w/large", check=True)
     before = sandbox.snapshot()
+    client.snapshots.wait_verified(before, 120)  # In a machine that is gone afterwards.
     sandbox.exec("head -c 60000000 /dev/urandom > /w/large", check=True)
     machines = server.data / "machines"
     kept = {path.name for path in machines.iterdir()}

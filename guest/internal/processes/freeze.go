@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	freezeBudget   = 2 * time.Second
+	freezeBudget   = 5 * time.Second // Where a busy host emulates the processor, to stop a few processes took two.
 	parentPatience = 50 * time.Millisecond
 	pendingGrace   = 100 * time.Millisecond
 	politeRounds   = 4 // From here on PID 1 stops everybody by one call: some spawn faster than we look.

@@ -206,6 +206,8 @@ class Backends:
         except PandastackError as error:
             return None, Probe(works=False, reason=error.message, hint=error.hint)
         except Exception as error:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise asyncio.CancelledError from error  # What failed was the undoing.
             # One that fails in a way nobody thought of must not take the others down.
             log.exception("runtime could not be tried", runtime=offer.name)
             return None, Probe(works=False, reason=f"trying it failed: {type(error).__name__}", hint="see the log; please report it")

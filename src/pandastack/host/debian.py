@@ -11,6 +11,7 @@ import contextlib
 import os
 import platform
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,7 @@ async def run(argv: Sequence[str], directory: Path, environment: dict[str, str],
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
     )
     try:
         async with asyncio.timeout(_FETCH_TIMEOUT_S):
@@ -134,7 +136,9 @@ async def run(argv: Sequence[str], directory: Path, environment: dict[str, str],
         raise HostUnfit(f"{argv[0]} did not finish while fetching {what}", hint="check the network and the Debian mirror") from error
     finally:
         if process.returncode is None:
-            process.kill()
+            # With those that apt started: they write into the folder that is removed next.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
     text = output.decode("utf-8", "replace")
     if process.returncode != 0:
