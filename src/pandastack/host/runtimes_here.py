@@ -14,7 +14,7 @@ from pandastack.errors import HostUnfit
 from pandastack.host import fetch_firecracker, fetch_runsc, kernels, kvm
 from pandastack.host.backends import Found, Offer
 from pandastack.host.keeper import Keeper
-from pandastack.host.runtimes.base import Probe
+from pandastack.host.runtimes.base import Pager, Probe
 from pandastack.host.runtimes.firecracker.command import Binaries
 from pandastack.host.runtimes.firecracker.driver import FirecrackerRuntime
 from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
@@ -30,6 +30,7 @@ class Surroundings:
 
     `group` marks every kernel object of this install; `run_dir` is its own and short. `roots` is the folder of root images, on
     the file system that disks are on. `say` gets a line for each long step. Without `fetch` nothing is taken from the network.
+    `pager` is needed where machines shall run.
     """
 
     settings: HostSettings
@@ -40,6 +41,7 @@ class Surroundings:
     keeper: Keeper
     say: Callable[[str], None]
     fetch: bool = True
+    pager: Pager | None = None
 
 
 async def offers(here: Surroundings) -> Sequence[Offer]:
@@ -124,6 +126,7 @@ async def _firecracker(here: Surroundings) -> Offer:
             group=f"{here.group}-firecracker",
             clone=space.clone,
             cache=settings.cache_dir / "firecracker",
+            pager=here.pager if settings.firecracker_memory == "userfaultfd" else None,
         )
         return runtime, await runtime.probe()
 
