@@ -41,6 +41,7 @@ def surroundings(tmp_path: Path, **settings: Any) -> Surroundings:
         guest=tmp_path / "guest",
         roots=tmp_path / "roots",
         keeper=cast(Any, None),
+        pager=cast(Pager, "the pager"),
         say=lambda _: None,
         fetch=False,
     )
@@ -122,7 +123,7 @@ async def test_firecracker_gets_a_pager_only_by_the_setting(
 
     monkeypatch.setattr(runtimes_here, "guest_kernel", kernel)
     monkeypatch.setattr(driver, "has_userfaultfd", lambda: True)
-    here = replace(surroundings(tmp_path, firecracker=tmp_path / "firecracker", **setting), pager=cast(Pager, "the pager"))
+    here = surroundings(tmp_path, firecracker=tmp_path / "firecracker", **setting)
     runtime, _ = await (await offered(here))["firecracker"].find()
     assert isinstance(runtime, FirecrackerRuntime)
     assert runtime.pager == ("the pager" if paged else None)

@@ -78,8 +78,8 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
             guest=shown,
             roots=pool.root / "roots",
             keeper=keeper,
-            say=say,
             pager=parts.lazy,
+            say=say,
         )
         backends = Backends(await offers(here), parts.backend, parts.refills, minimum=settings.min_isolation)
         registry = Registry(Ledger(settings.data_dir / "ledger"), backends, parts.admission, parts.lazy)

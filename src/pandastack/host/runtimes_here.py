@@ -30,7 +30,6 @@ class Surroundings:
 
     `group` marks every kernel object of this install; `run_dir` is its own and short. `roots` is the folder of root images, on
     the file system that disks are on. `say` gets a line for each long step. Without `fetch` nothing is taken from the network.
-    `pager` is needed where machines shall run.
     """
 
     settings: HostSettings
@@ -39,9 +38,9 @@ class Surroundings:
     guest: Path
     roots: Path
     keeper: Keeper
+    pager: Pager
     say: Callable[[str], None]
     fetch: bool = True
-    pager: Pager | None = None
 
 
 async def offers(here: Surroundings) -> Sequence[Offer]:
