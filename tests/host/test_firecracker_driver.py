@@ -6,11 +6,12 @@ import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from pandastack.errors import HostUnfit, RuntimeFailed
-from pandastack.host.runtimes.base import Limits, MachineId, MachineSpec, Probe
+from pandastack.host.runtimes.base import Limits, MachineId, MachineSpec, Pager, Probe
 from pandastack.host.runtimes.cgroups import Hierarchy, MachineCgroup
 from pandastack.host.runtimes.firecracker import command, driver, jail
 from pandastack.host.runtimes.firecracker.command import Binaries
@@ -26,7 +27,9 @@ def programs(folder: Path, firecracker: str, jailer: str) -> Binaries:
     return Binaries(firecracker=folder / "firecracker", jailer=folder / "jailer")
 
 
-def runtime(folder: Path, firecracker: str, jailer: str | None = None, *, unfiltered: bool = True) -> FirecrackerRuntime:
+def runtime(
+    folder: Path, firecracker: str, jailer: str | None = None, *, unfiltered: bool = True, pager: Pager | None = None
+) -> FirecrackerRuntime:
     kernel = folder / "kernel"
     kernel.touch()
     return FirecrackerRuntime(
@@ -38,6 +41,7 @@ def runtime(folder: Path, firecracker: str, jailer: str | None = None, *, unfilt
         group="pandastack-test",
         clone=space.clone,
         unfiltered=unfiltered,
+        pager=pager,
     )
 
 
@@ -218,6 +222,30 @@ class TestWhole:
         machine._memory.share_as_base(elsewhere / "mem")
         assert machine._memory.whole
         assert not (machine.spec.disk / "base").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_pager_is_used_where_there_is_userfaultfd_and_else_that_is_said(
+    tmp_path: Path, trials: list[str], monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    monkeypatch.setattr(driver, "has_userfaultfd", lambda: there)
+    pager = cast(Pager, object())
+    made = runtime(tmp_path, "Firecracker v1.17.0", pager=pager)
+    assert made.pager is (pager if there else None)
+    probe = probed(made)
+    assert probe.works
+    assert ("no userfaultfd" in (probe.reason or "")) is not there
+
+
+@pytest.mark.parametrize(
+    ("misc", "allowed", "has"),
+    [("229 fuse\n257 userfaultfd\n", "0", True), ("229 fuse\n", "1\n", True), ("229 fuse\n", "0\n", False), (None, None, False)],
+)
+def test_userfaultfd_is_a_device_or_a_setting(tmp_path: Path, misc: str | None, allowed: str | None, has: bool) -> None:
+    for name, text in (("misc", misc), ("allowed", allowed)):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    assert driver.has_userfaultfd(tmp_path / "misc", tmp_path / "allowed") is has
 
 
 def test_a_binary_that_is_not_there_is_said(tmp_path: Path, trials: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -22,6 +24,7 @@ from pandastack.host.storage.chunks import CHUNK_BYTES, Index
 from pandastack.host.storage.depot import ORDERS, Depot
 from pandastack.host.storage.lazy import LazyMemory
 from pandastack.host.storage.objects import Objects
+from pandastack.host.storage.paging import Paging, Region
 
 pytestmark = [
     pytest.mark.anyio,
@@ -258,7 +261,8 @@ async def vmm(world: World, index: Index) -> AsyncIterator[tuple[Vmm, Path]]:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
     listener.listen(1)
-    file = await world.lazy.page(index, listener, USER)
+    file = await world.lazy.file(index)
+    await asyncio.to_thread(world.lazy.page, file, listener, USER)
     listener.close()
     command = [sys.executable, "-c", VMM, str(path), str(index.size), "4096"]
     with started(command) as process:
@@ -294,6 +298,31 @@ async def test_faults_of_a_userfaultfd_are_served(world: World, source: Path) ->
         assert await world.lazy.why(file, USER) is None
 
 
+async def test_of_what_a_vmm_says_that_it_gave_back_only_its_memory_counts(world: World, source: Path) -> None:
+    index = world.kept(source)
+    with socket.socket(socket.AF_UNIX) as listener:
+        paging = Paging(listener, index, cast(Any, None), print)
+    low, high = Region(address=1 << 30, size=8 << 12, offset=0), Region(address=1 << 40, size=8 << 12, offset=8 << 12)
+    paging._regions = [low, high]
+    paging._remove(0, (1 << 30) + (2 << 12))
+    paging._remove((1 << 40) + (7 << 12), 1 << 47)
+    assert paging._removed == bytes([1, 1] + [0] * 13 + [1]) + bytes(index.size // 4096 - 16)
+    assert paging._was_removed(low.pages((1 << 30) + 4096, (1 << 30) + (4 << 12)))
+    assert not paging._was_removed(low.pages((1 << 30) + (2 << 12), (1 << 30) + (8 << 12)))
+
+
+@pytest.mark.parametrize(("code", "told"), [(errno.ENOMEM, ["unreachable"]), (errno.ESRCH, []), (errno.ENOENT, [])])
+async def test_a_page_that_cannot_be_put_there_is_told_unless_the_machine_is_going(
+    world: World, source: Path, monkeypatch: pytest.MonkeyPatch, code: int, told: list[str]
+) -> None:
+    failed: list[str] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        paging = Paging(listener, world.kept(source), cast(Any, None), failed.append)
+    monkeypatch.setattr(paging, "_put", lambda *_: (0, code))
+    assert paging._fill(0, 8192, None, 4096)
+    assert failed == told
+
+
 async def test_a_fault_that_cannot_be_served_ends_the_machine_with_a_reason(world: World, source: Path) -> None:
     index = world.kept(source)
     world.lose(index, 4)
@@ -321,7 +350,7 @@ async def test_who_says_nonsense_is_not_served(world: World, source: Path) -> No
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(str(path))
         listener.listen(1)
-        await world.lazy.page(index, listener, USER)
+        await asyncio.to_thread(world.lazy.page, await world.lazy.file(index), listener, USER)
         listener.close()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(10)

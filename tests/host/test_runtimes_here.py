@@ -14,8 +14,10 @@ from pandastack.errors import HostUnfit, RuntimeUnavailable
 from pandastack.host import backends, kernels, kvm, runtimes_here
 from pandastack.host.backends import Backend, Backends, Found, Offer
 from pandastack.host.checks import Check, failed, passed, unsure
-from pandastack.host.runtimes.base import Probe
+from pandastack.host.runtimes.base import Pager, Probe
 from pandastack.host.runtimes.fake import FakeRuntime
+from pandastack.host.runtimes.firecracker import driver
+from pandastack.host.runtimes.firecracker.driver import FirecrackerRuntime
 from pandastack.host.runtimes_here import Surroundings
 from pandastack.host.settings import HostSettings
 from pandastack.host.slots import Refills
@@ -39,6 +41,7 @@ def surroundings(tmp_path: Path, **settings: Any) -> Surroundings:
         guest=tmp_path / "guest",
         roots=tmp_path / "roots",
         keeper=cast(Any, None),
+        pager=cast(Pager, "the pager"),
         say=lambda _: None,
         fetch=False,
     )
@@ -105,6 +108,25 @@ async def test_a_missing_qemu_and_a_missing_kernel_are_told_with_their_remedy(mo
     with pytest.raises(HostUnfit, match="no guest kernel") as missing:
         await (await offered(surroundings(tmp_path, qemu=tmp_path / "qemu")))["qemu"].find()
     assert "setup" in (missing.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("setting", "paged"), [({}, False), ({"firecracker_memory": "file"}, False), ({"firecracker_memory": "userfaultfd"}, True)]
+)
+async def test_firecracker_gets_a_pager_only_by_the_setting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: dict[str, str], paged: bool
+) -> None:
+    kvm_is(monkeypatch, tmp_path, passed("kvm", "it works"))
+
+    async def kernel(*_: object, **__: object) -> kernels.Kernel:
+        return kernels.Kernel(vmlinux=tmp_path / "vmlinux", initramfs=tmp_path / "initramfs", version="6.1", digest="0")
+
+    monkeypatch.setattr(runtimes_here, "guest_kernel", kernel)
+    monkeypatch.setattr(driver, "has_userfaultfd", lambda: True)
+    here = surroundings(tmp_path, firecracker=tmp_path / "firecracker", **setting)
+    runtime, _ = await (await offered(here))["firecracker"].find()
+    assert isinstance(runtime, FirecrackerRuntime)
+    assert runtime.pager == ("the pager" if paged else None)
 
 
 def join(offer: Offer, runtime: Any, probe: Probe) -> Backend:

@@ -39,7 +39,7 @@ BOOT_S = 120.0
 _PACKAGE = "linux-image-amd64"
 _MODULES = (
     *("virtio_mmio", "virtio_blk", "virtio_console", "virtio-rng"),
-    *("crc32c_generic", "9pnet_virtio", "9p", "overlay", "xfs", "ext4", "loop", "tun", "kvm-amd"),
+    *("crc32c_generic", "9pnet_virtio", "9p", "overlay", "xfs", "ext4", "loop", "fuse", "tun", "kvm-amd"),
 )
 _DISK_BYTES = 24 << 30
 # Covered inside, so what is needed there must be elsewhere.

@@ -70,6 +70,7 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
     parts: _Parts | None = None
     try:
         shown = views.view(guest)
+        parts = _Parts(settings, pool, views, guest, guest_digest, install=install, run_dir=run_dir)
         here = Surroundings(
             settings=settings,
             run_dir=run_dir,
@@ -77,9 +78,9 @@ async def opened(settings: HostSettings, *, say: Callable[[str], None]) -> Async
             guest=shown,
             roots=pool.root / "roots",
             keeper=keeper,
+            pager=parts.lazy,
             say=say,
         )
-        parts = _Parts(settings, pool, views, guest, guest_digest, install=install, run_dir=run_dir)
         backends = Backends(await offers(here), parts.backend, parts.refills, minimum=settings.min_isolation)
         registry = Registry(Ledger(settings.data_dir / "ledger"), backends, parts.admission, parts.lazy)
         states = States(registry, parts.snapshots, parts.offloads)

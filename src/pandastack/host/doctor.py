@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
@@ -298,6 +299,7 @@ async def _others_here(settings: HostSettings, root: Check, guest: Path | None) 
             guest=_guest_folder(guest, work) if guest is not None else work,
             roots=work / "roots",
             keeper=_NoKeeper(work / "keeper"),
+            pager=_NoPager(),
             say=lambda _: None,
             fetch=False,
         )
@@ -351,3 +353,10 @@ class _NoKeeper(Keeper):
         return []
 
     def drop(self, name: str) -> None: ...
+
+
+class _NoPager:
+    """Serves nobody: a probe's machine has all of its memory."""
+
+    def page(self, file: Path, listener: socket.socket, user: int) -> None:
+        raise HostUnfit(f"nobody serves {file}")

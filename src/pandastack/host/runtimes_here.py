@@ -14,7 +14,7 @@ from pandastack.errors import HostUnfit
 from pandastack.host import fetch_firecracker, fetch_runsc, kernels, kvm
 from pandastack.host.backends import Found, Offer
 from pandastack.host.keeper import Keeper
-from pandastack.host.runtimes.base import Probe
+from pandastack.host.runtimes.base import Pager, Probe
 from pandastack.host.runtimes.firecracker.command import Binaries
 from pandastack.host.runtimes.firecracker.driver import FirecrackerRuntime
 from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
@@ -38,6 +38,7 @@ class Surroundings:
     guest: Path
     roots: Path
     keeper: Keeper
+    pager: Pager
     say: Callable[[str], None]
     fetch: bool = True
 
@@ -124,6 +125,7 @@ async def _firecracker(here: Surroundings) -> Offer:
             group=f"{here.group}-firecracker",
             clone=space.clone,
             cache=settings.cache_dir / "firecracker",
+            pager=here.pager if settings.firecracker_memory == "userfaultfd" else None,
         )
         return runtime, await runtime.probe()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -27,6 +28,9 @@ class HostSettings(BaseSettings):
     qemu: Path | None = Field(default=None, description="the QEMU to use instead of the one on PATH")
     firecracker: Path | None = Field(default=None, description="the Firecracker to use instead of the installed one or that on PATH")
     jailer: Path | None = Field(default=None, description="its jailer, where that is not beside it")
+    firecracker_memory: Literal["file", "userfaultfd"] = Field(
+        default="file", description="how its machines get memory that is not here yet: a file that all map, or copies of their own"
+    )
     kernel: Path | None = Field(
         default=None, description="a package file (.deb) of Debian's cloud kernel, for microVMs, instead of fetching one"
     )

@@ -7,6 +7,7 @@ looks at the database, never opens a network port, and is handed every path it m
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Collection
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ class Channel:
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySource:
-    """The file that a machine has mapped as its memory, under the name it had then, and the user as whom it reads it."""
+    """The file that a machine has as its memory, under the name it had then, and the user as whom it reads it."""
 
     file: Path
     user: int
@@ -124,6 +125,17 @@ class Keeper(Protocol):
     def get(self, name: str) -> list[int]: ...
 
     def drop(self, name: str) -> None: ...
+
+
+class Pager(Protocol):
+    """Serves the pages of a saved memory that is not here yet, to machines that hand over a userfaultfd; see `storage.lazy`."""
+
+    def page(self, file: Path, listener: socket.socket, user: int) -> None:
+        """Serve the one that will connect to `listener`, of which the caller then needs nothing more, for as long as it lives.
+
+        `file` and `user` are what its `memory_source` says. Blocks briefly. Raises HostUnfit.
+        """
+        ...
 
 
 class Machine(Protocol):

@@ -140,20 +140,18 @@ class LazyMemory:
             raise HostUnfit("saved memory cannot be shown before it is here", hint="try again", detail=str(error)) from error
         return file
 
-    async def page(self, index: Index, listener: socket.socket, user: int) -> Path:
-        """Serve the machine that will connect to `listener` with a userfaultfd, see `paging`. The answer names the file as for `file`.
+    def page(self, file: Path, listener: socket.socket, user: int) -> None:
+        """Serve the machine that will connect to `listener` with a userfaultfd, see `paging`. `file` is one that `file` answered.
 
-        `user` is what its failures are told under, see `why`. Raises HostUnfit.
+        `user` is what its failures are told under, see `why`. Blocks. Raises HostUnfit.
         """
-        file = await self.file(index)
         server = self._server
         try:
             if server is None or not file.is_relative_to(server.mount):
                 raise ConnectionResetError("the server of lazy memory has just ended")
-            await asyncio.to_thread(server.ask, PAGE + f"{user} {index.digest}".encode(), [listener.fileno()])
+            server.ask(PAGE + f"{user} {file.name}".encode(), [listener.fileno()])
         except OSError as error:
             raise HostUnfit("saved memory cannot be served", hint="try again", detail=str(error)) from error
-        return file
 
     def _keep(self, index: Index) -> None:
         self._indexes.mkdir(mode=0o700, parents=True, exist_ok=True)

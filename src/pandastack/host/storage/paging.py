@@ -71,6 +71,11 @@ class Region:
             raise ValueError("a region is outside of the saved memory")
         return region
 
+    def pages(self, start: int, end: int) -> range:
+        """The numbers in the saved memory of what is at these addresses in here; none where they end before they start."""
+        first = (self.offset + start - self.address) // _PAGE_BYTES
+        return range(first, max(first, (self.offset + end - self.address) // _PAGE_BYTES))
+
 
 class Paging:
     """Serves the machine that connects to `listener`, from the file that `index` describes."""
@@ -81,7 +86,7 @@ class Paging:
         self._reader = reader
         self._failed = failed
         self._regions: list[Region] = []
-        self._removed: set[int] = set()  # Addresses of pages.
+        self._removed = bytearray(index.size // _PAGE_BYTES)  # By the number of a page in the saved memory.
         self._uffd = -1
 
     def run(self) -> None:
@@ -96,7 +101,7 @@ class Paging:
             connection.settimeout(CONNECT_TIMEOUT_S)
             try:
                 self._greet(connection)
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 self._failed("unreachable")
                 return
             try:
@@ -133,8 +138,14 @@ class Paging:
                 if kind == _PAGEFAULT:
                     waiting.append(second)
                 elif kind in (_REMOVE, _UNMAP):
-                    self._removed.update(range(first, second, _PAGE_BYTES))
+                    self._remove(first, second)
             waiting = [address for address in waiting if not self._bring(address)]
+
+    def _remove(self, first: int, second: int) -> None:
+        """Whatever a VMM says that it gave back, only what it has of the memory counts."""
+        for region in self._regions:
+            pages = region.pages(max(first, region.address), min(second, region.address + region.size))
+            self._removed[pages.start : pages.stop] = bytes([1]) * len(pages)
 
     def _events(self) -> Iterator[tuple[int, int, int]]:
         """Kind, and the two words that come with it: flags and address of a fault, start and end of what was given back."""
@@ -153,10 +164,10 @@ class Paging:
         page = address - address % region.page_bytes
         start = max(region.address, address - address % BLOCK_BYTES)
         end = min(region.address + region.size, address - address % BLOCK_BYTES + BLOCK_BYTES)
-        if self._removed and not self._removed.isdisjoint(range(start, end, _PAGE_BYTES)):
+        if self._was_removed(region.pages(start, end)):
             # Only what is asked for: the rest of the block may have been given back, and is zeros then.
             start, end = page, page + region.page_bytes
-            if page in self._removed:
+            if self._was_removed(region.pages(start, end)):
                 return self._fill(start, end - start, None, region.page_bytes)
         try:
             data = self._content(region.offset + start - region.address, end - start)
@@ -165,6 +176,10 @@ class Paging:
             self._poison(page, region.page_bytes)
             return True
         return self._fill(start, end - start, data, region.page_bytes)
+
+    def _was_removed(self, pages: range) -> bool:
+        """Some of them."""
+        return 1 in self._removed[pages.start : pages.stop]
 
     def _content(self, offset: int, length: int) -> bytes | None:
         """Of the saved memory; None for zeros."""
@@ -196,6 +211,8 @@ class Paging:
                 self._ioctl(_WAKE, _Range(start=start + position, length=page_bytes))
                 position += page_bytes
             elif code:
+                if code not in (errno.ESRCH, errno.ENOENT):
+                    self._failed("unreachable")  # Whoever waits would wait on.
                 return True  # The machine is going, or its memory was unmapped.
         return True
 

@@ -28,7 +28,7 @@ OVERHEAD_MIB = 64
 # vCPUs, its own threads, and what starts it.
 TASKS = 64
 # By their names in the jail.
-API, VSOCK, SCRATCH, KERNEL, INITRAMFS = "api.sock", "v.sock", "s", "vmlinux", "initramfs"
+API, VSOCK, PAGES, SCRATCH, KERNEL, INITRAMFS = "api.sock", "v.sock", "pages.sock", "s", "vmlinux", "initramfs"
 DRIVE = "d0"
 GUEST_CID, GUEST_PORT = 3, 1024
 _FORMAT = "1"  # of saved states: raise it when old ones shall not be used any more

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pandastack.errors import HostUnfit, RuntimeFailed
 from pandastack.host.runtimes import cgroups, microvms
-from pandastack.host.runtimes.base import Capabilities, Limits, MachineId, MachineSpec, Probe
+from pandastack.host.runtimes.base import Capabilities, Limits, MachineId, MachineSpec, Pager, Probe
 from pandastack.host.runtimes.firecracker import command
 from pandastack.host.runtimes.firecracker.command import Binaries
 from pandastack.host.runtimes.firecracker.machine import FirecrackerMachine
@@ -34,14 +34,15 @@ class FirecrackerRuntime(HypervisorRuntime[FirecrackerMachine]):
 
     `vmlinux`, `initramfs` and `digest` are those of a guest kernel as `host.kernels` makes it. `group` is the parent of the machines'
     cgroups and of no others. `clone` makes a new file with the content of another one, sharing its blocks where it can. `cache` is a
-    folder for what probing found out. A boot may take `patience` times as long as on a CPU of today. `unfiltered` takes a
+    folder for what probing found out. A boot may take `patience` times as long as on a CPU of today. With a `pager`, and a kernel that
+    has userfaultfd, a memory that is not here yet is had from that; else it is mapped as the file that it is. `unfiltered` takes a
     Firecracker without seccomp filters, too: for tests only.
     """
 
     name = "firecracker"
     isolation = "microvm"
     acceleration: str | None = "kvm"
-    capabilities = Capabilities(snapshot=True, fork_memory=True, own_kernel=True, fixed_size=True, image=True)
+    capabilities = Capabilities(snapshot=True, fork_memory=True, own_kernel=True, fixed_size=True, image=True, memory_file=microvms.MEMORY)
 
     def __init__(
         self,
@@ -55,10 +56,13 @@ class FirecrackerRuntime(HypervisorRuntime[FirecrackerMachine]):
         clone: Callable[[Path, Path], None],
         cache: Path | None = None,
         patience: float = 1.0,
+        pager: Pager | None = None,
         unfiltered: bool = False,
     ) -> None:
         super().__init__(root=root, group=group, clone=clone, cache=cache, patience=patience)
         self.binaries = binaries
+        self.pager = pager if pager is not None and has_userfaultfd() else None
+        self._remarks = ["there is no userfaultfd here, so memory that is not here yet is mapped"] if pager is not self.pager else []
         self._vmlinux, self._initramfs, self._digest = vmlinux, initramfs, digest
         self._unfiltered = unfiltered
 
@@ -132,7 +136,7 @@ class FirecrackerRuntime(HypervisorRuntime[FirecrackerMachine]):
 
     def _judge(self) -> list[str]:
         """What is to be said of one that works. Raises RuntimeFailed or HostUnfit where it does not."""
-        remarks = []
+        remarks = [*self._remarks]
         if not command.has_filters(self.binaries.firecracker.read_bytes()):
             if not self._unfiltered:
                 raise HostUnfit(
@@ -178,3 +182,13 @@ class FirecrackerRuntime(HypervisorRuntime[FirecrackerMachine]):
     def remove_files(self, machine: str) -> None:
         """Of a probe, by a daemon that died meanwhile. The jail of any other is in the folder of its disk, which is the caller's."""
         shutil.rmtree(self.root / machine, ignore_errors=True)
+
+
+def has_userfaultfd(misc: Path = Path("/proc/misc"), allowed: Path = Path("/proc/sys/vm/unprivileged_userfaultfd")) -> bool:
+    """Whether a process without rights can have one that serves faults of a guest: the jailer makes a device for it where there is one."""
+    try:
+        if any(line.split()[1:] == ["userfaultfd"] for line in misc.read_text().splitlines()):
+            return True
+        return allowed.read_text().strip() == "1"
+    except OSError:
+        return False

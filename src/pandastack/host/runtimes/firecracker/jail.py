@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 from pandastack.errors import RuntimeFailed
+from pandastack.host.runtimes import microvms
 from pandastack.host.runtimes.firecracker import command
 from pandastack.host.runtimes.microvms import DEVICES, DISK, MEMORY
 
@@ -55,6 +57,23 @@ def share(source: Path, name: Path, clone: Callable[[Path, Path], None]) -> None
         # On another file system, or too often.
         clone(source, name)
         name.chmod(0o444)
+
+
+def listening(root: Path, name: str, user: int) -> socket.socket:
+    """A socket in there to which only that user can connect. To be made before a guest runs."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # Before anybody can connect: the mode of the file is that of the socket.
+        os.fchmod(made.fileno(), 0o600)
+        # The path of a socket has at most 107 bytes.
+        with microvms.held(os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
+            made.bind(f"/proc/self/fd/{folder}/{name}")
+        os.chown(root / name, user, user, follow_symlinks=False)
+        made.listen(1)
+    except BaseException:
+        made.close()
+        raise
+    return made
 
 
 def saved_file(pid: int, name: str) -> int:

@@ -107,7 +107,9 @@ class FirecrackerMachine(HypervisorMachine):
     def _record(self, process: Process, *, whole: bool | None = None, restore: Laps | None = None) -> None:
         """What `find_again` needs; and of a restore what it took, for whoever measures it."""
         took = {} if restore is None else {"restore_parts_ms": restore.ms}
-        microvms.record(self.spec.state, process, running=self._running, whole=self._memory.whole if whole is None else whole, **took)
+        whole = self._memory.whole if whole is None else whole
+        source = None if self._memory.source is None else str(self._memory.source)
+        microvms.record(self.spec.state, process, running=self._running, whole=whole, source=source, **took)
 
     def _record_running(self) -> None:
         self._record(self._alive())
@@ -117,6 +119,7 @@ class FirecrackerMachine(HypervisorMachine):
             if api.state() == "Paused":
                 api.resume()  # It was being saved.
         self._memory.whole = bool(record["whole"])
+        self._memory.source = None if record["source"] is None else Path(record["source"])
         jail.clear_saved(process.pid)
 
     def _boot_anew(self) -> tuple[bool, str]:
@@ -168,15 +171,14 @@ class FirecrackerMachine(HypervisorMachine):
             process = self._alive()
             process.go_on()
             laps = Laps()
-            facts = microvms.facts(snapshot, self._own_facts())
-            if (snapshot / MEMORY).stat().st_size != self.size.memory_bytes:
-                raise RuntimeFailed("the saved memory is not as large as its machine's")
+            facts = microvms.facts(snapshot, self._own_facts(), self.size.memory_bytes)
             with microvms.held(self._disk_from(snapshot / DISK)) as disk_fd, microvms.filled():
                 disk_bytes = os.fstat(disk_fd).st_size
                 laps.end("disk")
                 self._runtime.clone(snapshot / DEVICES, self._root / DEVICES)
                 (self._root / DEVICES).chmod(0o444)
-                memory = self._memory.put(snapshot / MEMORY, self._root)
+                user, pager = self._runtime.users.of(self.spec.id), self._runtime.pager
+                memory = self._memory.put(snapshot / MEMORY, self._root, pid=process.pid, user=user, pager=pager)
                 laps.end("memory")
             load = client.SnapshotLoad(snapshot_path=DEVICES, mem_backend=memory, track_dirty_pages=True)
             try:
@@ -338,8 +340,8 @@ class FirecrackerMachine(HypervisorMachine):
 
     @property
     def memory_source(self) -> MemorySource | None:
-        """None: what it has mapped is a name in its jail for a file that is all here."""
-        return None
+        file = self._memory.source
+        return None if file is None else MemorySource(file=file, user=self._runtime.users.of(self.spec.id))
 
     def let_go(self) -> None:
         self._session.close()

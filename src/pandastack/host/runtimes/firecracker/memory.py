@@ -3,6 +3,10 @@
 What is saved of a running machine is what it wrote since it was last saved (or restored, or booted), laid over the memory
 that was saved then. That one is kept under a second name of the file, `base`, beside the jail. Where it is not known for sure
 that both fit, the next state is saved whole, which takes longer.
+
+A memory that is a link is a file that is not here yet. The process maps it like any other, through a mount in its jail; or, where the
+runtime has a pager, its pages are copied into memory of its own, when they are touched, over a userfaultfd. Until it is first saved
+its base is that file, and a copy of it fetches what is not here.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from pathlib import Path
 
 from pandastack.errors import RuntimeFailed
 from pandastack.host.runtimes import microvms, pages
-from pandastack.host.runtimes.firecracker import client, jail
+from pandastack.host.runtimes.base import Pager
+from pandastack.host.runtimes.firecracker import client, command, jail
+from pandastack.host.runtimes.firecracker.attach import attach
 from pandastack.host.runtimes.microvms import MEMORY
 
 BASE = "base"
@@ -23,6 +29,8 @@ class SavedMemory:
     """Below the folder `place`, which is the machine's and not its jail's. Calls block."""
 
     def __init__(self, place: Path, size_bytes: int, clone: Callable[[Path, Path], None]) -> None:
+        self.source: Path | None = None
+        """The file that is not here yet, of a machine that was restored from one."""
         self._size_bytes = size_bytes
         self._clone = clone
         self._base = place / BASE
@@ -31,21 +39,36 @@ class SavedMemory:
 
     # Restored from.
 
-    def put(self, saved: Path, root: Path) -> client.MemoryBackend:
-        """Have it in a jail, for a Firecracker that is to load it."""
-        jail.share(saved, root / MEMORY, self._clone)
+    def put(self, saved: Path, root: Path, *, pid: int, user: int, pager: Pager | None) -> client.MemoryBackend:
+        """Have it in the jail of the Firecracker with that pid and user, which is to load it. Raises RuntimeFailed, HostUnfit."""
+        if not saved.is_symlink():
+            jail.share(saved, root / MEMORY, self._clone)
+            return client.MemoryBackend(backend_path=MEMORY)
+        self.source = saved.readlink()
+        if pager is not None:
+            with jail.listening(root, command.PAGES, user) as listener:
+                pager.page(self.source, listener, user)
+            return client.MemoryBackend(backend_path=command.PAGES, backend_type="Uffd")
+        (root / MEMORY).touch()
+        try:
+            attach(self.source, pid, MEMORY)
+        except OSError as error:
+            hint = "have a Linux of 5.2 or newer that lets this process mount, or set PANDASTACK_FIRECRACKER_MEMORY=userfaultfd"
+            raise RuntimeFailed("saved memory that is not here cannot be shown to a machine", hint=hint, detail=str(error)) from error
         return client.MemoryBackend(backend_path=MEMORY)
 
     def loaded(self, root: Path) -> None:
         """It is mapped. The next state is written over a copy of the same file."""
-        (root / MEMORY).replace(self._base)
+        if self.source is None:
+            (root / MEMORY).replace(self._base)
 
     # Saved.
 
     def write(self, pid: int, target: Path, *, whole: bool) -> tuple[int, int]:
         """What the Firecracker with that pid has saved, as a complete memory; how many bytes were taken, and written."""
-        if self._base.exists() and not whole:
-            self._clone(self._base, target)
+        base = self._base if self._base.exists() else self.source
+        if base is not None and not whole:
+            self._clone(base, target)
         else:
             target.touch(mode=0o600, exist_ok=False)
             os.truncate(target, self._size_bytes)

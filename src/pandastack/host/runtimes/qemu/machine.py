@@ -141,12 +141,10 @@ class QemuMachine(HypervisorMachine):
         with self._lock, contextlib.ExitStack() as ours:
             process, qmp = ours.enter_context(self._speaking())
             laps = Laps()
-            facts = microvms.facts(snapshot, self._own_facts())
+            facts = microvms.facts(snapshot, self._own_facts(), self.size.memory_bytes)
             devices_fd, memory_fd = (os.open(snapshot / name, os.O_RDONLY | os.O_CLOEXEC) for name in (DEVICES, MEMORY))
             ours.callback(os.close, devices_fd)
             ours.callback(os.close, memory_fd)
-            if os.fstat(memory_fd).st_size != self.size.memory_bytes:
-                raise RuntimeFailed("the saved memory is not as large as its machine's")
             disk_fd = self._disk_from(snapshot / DISK)
             ours.callback(os.close, disk_fd)
             try:
