@@ -27,7 +27,7 @@ from pandastack.host.slots import Refills, Slots
 from pandastack.host.storage.space import Space
 
 RESTORE_TIMEOUT_S = 300.0  # A large state on a slow disk takes minutes.
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 30.0  # An emulated guest on a busy machine has taken more than ten.
 
 
 @contextlib.contextmanager
