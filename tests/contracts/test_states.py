@@ -37,7 +37,7 @@ from pandastack.wire.host import HostChild, HostCreate, HostFork, HostRewind, Ou
 from pandastack.wire.ids import ProcessId, SandboxId, SnapshotId, new_process_id, new_sandbox_id, new_snapshot_id
 from pandastack.wire.processes import ExecRequest, ProcessStart, SignalRequest
 
-from .test_runtime import CACHE, _qemu_binary, _runsc
+from .benches import CACHE, qemu_binary, runsc
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
@@ -70,14 +70,14 @@ def fake_place(folder: Path, runtime: FakeRuntime) -> Any:
 
 @contextlib.contextmanager
 def gvisor_place(folder: Path, name: str) -> Any:
-    with real_place(folder, runtimes="gvisor", runsc=_runsc(name)) as place:
+    with real_place(folder, runtimes="gvisor", runsc=runsc(name)) as place:
         yield place
 
 
 @contextlib.contextmanager
 def qemu_place(xfs: Path) -> Any:
     """On a file system where copies share blocks; images and baked states are made once for all tests."""
-    _qemu_binary()
+    qemu_binary()
     folder = xfs / "place"
     with real_place(folder, shares=True, runtimes="qemu") as place:
         yield place
@@ -662,4 +662,4 @@ def _with_room_for(host: HostService, sandboxes: int) -> Any:
 def test_the_tests_run_on_what_is_there() -> None:
     """A skip for a runtime that this machine has would be a defect."""
     if os.geteuid() == 0:
-        assert _runsc("gvisor").exists()
+        assert runsc("gvisor").exists()

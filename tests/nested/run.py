@@ -26,7 +26,7 @@ from pandastack.host.storage.images import Images
 from pandastack.host.storage.roots import Roots
 
 LOGS = outer.PROJECT / ".cache" / "nested"
-CONTRACT = "tests/contracts/test_runtime.py"
+CONTRACT = [f"tests/contracts/test_{name}.py" for name in ("runtime", "microvms", "lazy_machines")]
 ATTEMPTS = 2
 UNFIT = 77
 # How many times slower a machine in the outer machine is than one on a CPU.
@@ -82,7 +82,7 @@ def run(expression: str, *, deadline_s: float, cache: Path, output: Callable[[by
     made = asyncio.run(_prepared(cache))
     # No other plugins: they are large, and each module that is imported costs much there.
     plugins = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    argv = [sys.executable, "-m", "pytest", "-p", "anyio", "-p", "pytest_timeout", CONTRACT]
+    argv = [sys.executable, "-m", "pytest", "-p", "anyio", "-p", "pytest_timeout", *CONTRACT]
     subprocess.run([*argv, "-q", "--collect-only"], cwd=outer.PROJECT, env=os.environ | plugins, check=True, capture_output=True)
     argv += ["-v", "-k", expression, "-o", "cache_dir=/tmp/cache", "--junitxml=/run/report.xml", "--durations=10"]
     environment = (
