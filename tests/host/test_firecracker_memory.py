@@ -71,6 +71,21 @@ def written(saved: SavedMemory, into: Path, monkeypatch: pytest.MonkeyPatch, con
     return into.read_bytes()
 
 
+def test_one_that_is_here_gets_another_name_and_is_the_base_of_the_next(
+    saved: SavedMemory, root: Path, link: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = link.readlink()
+    assert saved.put(here, root, pid=7, user=USER, pager=Pager()) == MemoryBackend(backend_path="mem")
+    assert (root / "mem").samefile(here)
+    saved.loaded(root)
+    assert (tmp_path / "base").samefile(here)
+    assert saved.source == here
+    here.unlink()
+    assert written(saved, tmp_path / "next", monkeypatch, b"a" * PAGE) == bytes(PAGE) + b"a" * PAGE + b"\2" * PAGE + b"\3" * PAGE
+    saved.forget()
+    assert not (tmp_path / "base").exists()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="a socket of another user needs root")
 def test_a_pager_is_handed_the_file_and_a_socket_that_only_the_machines_user_reaches(saved: SavedMemory, root: Path, link: Path) -> None:
     pager = Pager()

@@ -30,10 +30,11 @@ class SavedMemory:
 
     def __init__(self, place: Path, size_bytes: int, clone: Callable[[Path, Path], None]) -> None:
         self.source: Path | None = None
-        """The file that is not here yet, of a machine that was restored from one."""
+        """The file that it was restored from, under the name it had then."""
         self._size_bytes = size_bytes
         self._clone = clone
         self._base = place / BASE
+        self._here = True
         self.whole = False
         """The next state must be saved whole."""
 
@@ -41,7 +42,9 @@ class SavedMemory:
 
     def put(self, saved: Path, root: Path, *, pid: int, user: int, pager: Pager | None) -> client.MemoryBackend:
         """Have it in the jail of the Firecracker with that pid and user, which is to load it. Raises RuntimeFailed, HostUnfit."""
-        if not saved.is_symlink():
+        self._here = not saved.is_symlink()
+        if self._here:
+            self.source = saved.resolve()
             jail.share(saved, root / MEMORY, self._clone)
             return client.MemoryBackend(backend_path=MEMORY)
         self.source = saved.readlink()
@@ -59,7 +62,7 @@ class SavedMemory:
 
     def loaded(self, root: Path) -> None:
         """It is mapped. The next state is written over a copy of the same file."""
-        if self.source is None:
+        if self._here:
             (root / MEMORY).replace(self._base)
 
     # Saved.
