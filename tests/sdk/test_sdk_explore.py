@@ -171,6 +171,8 @@ def interrupt_when(event: threading.Event, then: threading.Event | None = None) 
 
     def run() -> None:
         event.wait(60)
+        # The main thread shall wait by then: a signal that comes just before is seen when something else wakes it.
+        time.sleep(0.3)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         # Long enough for a busy machine to let the main thread see it first.
         time.sleep(0.3)
