@@ -110,7 +110,7 @@ seen["woken"] = sandbox.refresh().status
 sandbox.hibernate()
 seen["woken by a command"] = [sandbox.exec("cat /var/note").stdout, sandbox.refresh().status]
 beat = sandbox.exec("cat /var/beat").stdout
-seen["goes on"] = sandbox.exec(f"sleep 1; test $(cat /var/beat) != {beat.strip()}").exit_code
+seen["goes on"] = sandbox.exec(f"sleep 1; test x$(cat /var/beat) != x{beat.strip()}").exit_code
 snapshot = sandbox.snapshot()
 seen["snapshot"] = snapshot == client.snapshots.get(snapshot)["id"]
 seen["snapshots"] = [item["id"] == snapshot for item in client.snapshots.list(sandbox_id=sandbox.id)]
