@@ -71,11 +71,13 @@ func main() {
 	maps.Copy(server.Methods, files.Methods())
 	state.Hooks = *hooks
 	if *ownMachine {
-		if err := registry.Confine(boot.Cgroup); err != nil {
-			fmt.Fprintln(os.Stderr, "pandastack-guest:", err)
-			boot.PowerOff()
-		}
 		state.Own = &machine.Own{Disk: boot.Disk, BootID: boot.BootID, Writable: func(wanted bool) error { return boot.Writable(boot.Home, wanted) }}
+		for _, step := range []func() error{func() error { return registry.Confine(boot.Cgroup) }, state.Own.Settle} {
+			if err := step(); err != nil {
+				fmt.Fprintln(os.Stderr, "pandastack-guest:", err)
+				boot.PowerOff()
+			}
+		}
 	}
 	state.EndOthers = server.EndOthers
 	registry.Activity = func(live int) { server.Broadcast(map[string]any{"type": "activity", "live": live}) }

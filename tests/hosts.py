@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from pandastack.control.hosts import closing
 from pandastack.errors import DiskFull, TemplateNotFound
+from pandastack.host import identity
 from pandastack.host.admission import Admission, Totals
 from pandastack.host.app import HostService
 from pandastack.host.backends import Backend, Backends, Offer
@@ -262,6 +263,7 @@ class World:
             guest=self.root / "guest",
             shared=lambda path: path,
             refills=self._refills,
+            rehearse=identity.rehearse if runtime.capabilities.own_kernel else None,
             slots=self.slots,
             blanks=self.blanks,
         )

@@ -36,7 +36,7 @@ from pandastack.wire.guest import Sealed
 
 PATIENCE = float(os.environ.get("PANDASTACK_TEST_PATIENCE", "1"))
 CACHE = Path(os.environ.get("PANDASTACK_TEST_CACHE", "/var/cache/pandastack"))
-LIMITS = Limits(cpu=1, memory_mib=256, disk_mib=256)
+LIMITS = Limits(cpu=1, memory_mib=256, disk_mib=512)
 # The accelerators of microVMs.
 ACCELERATORS: dict[str, Literal["kvm", "tcg"]] = {"qemu": "tcg", "qemu-kvm": "kvm", "firecracker-kvm": "kvm"}
 NAMES = ["fake", "gvisor", "gvisor-new", *ACCELERATORS]

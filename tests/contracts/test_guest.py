@@ -29,6 +29,7 @@ from pandastack.wire import guest as wire
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 MIB = 1 << 20
 SOURCE = Path(__file__).parents[2] / "guest"
+WARM = "/run/pandastack"
 
 
 @pytest.fixture
@@ -81,6 +82,9 @@ class Daemon:
         is_unshare = Path(f"/proc/{self.process.pid}/comm").read_text().strip() == "unshare"
         return int(children[0]) if is_unshare else self.process.pid
 
+    def warm_folders(self) -> list[Path]:
+        return list(Path(f"/proc/{self.pid}/root{WARM}").glob("warm-*"))
+
     def rss_mib(self) -> float:
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
             if line.startswith("VmHWM"):
@@ -93,15 +97,17 @@ def running(binary: Path, kind: str, tmp_path: Path) -> Iterator[Daemon]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [str(binary), "-listen", f"127.0.0.1:{port}", "-hooks", str(tmp_path / "hooks")]
-    if kind == "pid1":
+    # Where warm interpreters have their sockets: one that is killed leaves them behind, and others run beside it.
+    private = f"mkdir -p {WARM} && mount -t tmpfs warm {WARM} && "
+    if kind == "process" and os.geteuid() == 0:
+        command = ["unshare", "-m", "sh", "-c", f'{private} exec "$@"', "sh", *command]
+    elif kind == "pid1":
         if os.geteuid() != 0:
             pytest.skip("PID 1 of its own namespaces needs root")
         # Its own copies of what identity writes; without SYS_TIME, for a test must not set this machine's clock.
-        script = 'for f in hostname hosts machine-id; do cp /etc/$f "$0/$f" 2>/dev/null || : > "$0/$f"; '
+        script = private + 'for f in hostname hosts machine-id; do cp /etc/$f "$0/$f" 2>/dev/null || : > "$0/$f"; '
         script += 'touch /etc/$f; mount --bind "$0/$f" /etc/$f; done; exec setpriv --bounding-set=-sys_time "$@"'
         command = ["unshare", "-p", "-f", "-m", "-u", "--mount-proc", "--kill-child", "sh", "-c", script, str(tmp_path), *command]
-    folders = Path("/run/pandastack")
-    before = set(folders.glob("warm-*"))
     ours, theirs = socket.socketpair()
     with ours, theirs:
         process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(), start_new_session=True)
@@ -111,9 +117,6 @@ def running(binary: Path, kind: str, tmp_path: Path) -> Iterator[Daemon]:
         finally:
             process.kill()
             process.wait(timeout=10)
-            # In a sandbox they end with it; a daemon that is killed leaves the folder of its interpreter behind.
-            for folder in set(folders.glob("warm-*")) - before:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["process", "pid1"])
@@ -511,6 +514,26 @@ class TestMachine:
             out, _, _ = await run(guest, shell="echo $B; hostname; cat /etc/machine-id; grep box-1 /etc/hosts")
             assert out.splitlines()[:3] == [b"2", b"box-1", b"0" * 31 + b"1"]
             assert not (await guest.health()).sealed
+            await guest.close()
+
+    async def test_a_rehearsal_leaves_a_sealed_machine_as_it_was(self, binary: Path, tmp_path: Path) -> None:
+        with running(binary, "pid1", tmp_path) as daemon:
+            guest = await daemon.open()
+            with pytest.raises(errors.InvalidRequest, match="sealed"):
+                await identity.rehearse(guest)
+            await guest.seal()
+            for _ in range(2):
+                await identity.rehearse(guest)
+            health = await guest.health()
+            assert (health.sealed, health.live, health.baked) == (True, 0, 0)
+            report = await become(guest)
+            assert all(step.ok for step in report.steps.values()), report
+            out, _, _ = await run(guest, shell="hostname; cat /etc/hostname; grep -c pandastack /etc/hosts; cat /etc/machine-id")
+            assert out.split() == [b"box-2", b"box-2", b"1", b"0" * 32]
+            assert not any("-version" in entry.argv for entry in await guest.list_processes())
+            await guest.seal(freeze=True)
+            with pytest.raises(errors.InvalidRequest, match="sealed"):
+                await identity.rehearse(guest)
             await guest.close()
 
     async def test_resources_and_ports(self, plain: Daemon, one: Guest) -> None:
@@ -1021,16 +1044,15 @@ class TestSessions:
 
 class TestWarm:
     @pytest.fixture
-    async def warm(self, guest: Guest) -> AsyncIterator[Guest]:
+    async def warm(self, daemon: Daemon, guest: Guest) -> AsyncIterator[Guest]:
         if os.geteuid() != 0:
             pytest.skip("the warm interpreter's directory needs root")
-        before = set(Path("/run/pandastack").glob("warm-*"))
         started = await guest.warm(["pandastack:python", "json"], env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"})
-        (made,) = set(Path("/run/pandastack").glob("warm-*")) - before
+        assert len(daemon.warm_folders()) == 1
         yield guest
         # Only the daemon dies with the test; the interpreter would live on, and keep its socket.
         await guest.signal(started.id, signal.SIGKILL)
-        await until(lambda: not made.exists())
+        await until(lambda: not daemon.warm_folders())
 
     CODES = (
         "import sys; print(sys.argv, __name__, sys.path[0] == '')",

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from pandastack.errors import RuntimeFailed
+from pandastack.host import identity
 from pandastack.host.guest import Guest, ProcessSpec
 from pandastack.host.runtimes.base import Machine
 from pandastack.host.runtimes.firecracker.machine import FirecrackerMachine
@@ -46,6 +47,12 @@ async def _turned(guest: Guest, times: int) -> None:
     line = f"until read t </root/turn; do sleep 0.1; done 2>/dev/null; until read now </root/turn && [ $((now - t)) -ge {times} ]"
     line += "; do pgrep -x python3 >/dev/null || exit 1; sleep 0.1; done"
     assert (await say(guest, line))[1] == 0, "a page was not as it was left"
+
+
+async def _disk_mib(guest: Guest) -> int:
+    """How large its file system is, with what it keeps for itself."""
+    blocks, _ = await say(guest, "od -An -tu4 -j 1028 -N 4 /dev/vda")
+    return int(blocks) * 4096 >> 20
 
 
 @pytest.mark.parametrize("bench", list(ACCELERATORS), indirect=True)
@@ -232,6 +239,34 @@ class TestMicrovm:
             with pytest.raises(RuntimeFailed):
                 await machine.snapshot(into, resume=True)
             assert await say(guest, "echo on") == ("on\n", 0)
+
+    async def test_its_disk_is_as_large_as_was_asked_and_never_smaller_than_it_was(self, bench: Bench) -> None:
+        larger, smaller = replace(LIMITS, disk_mib=2 * LIMITS.disk_mib), replace(LIMITS, disk_mib=LIMITS.disk_mib // 2)
+        saved = made_folder(bench.root / "saved")
+        async with bench.started() as (machine, guest):
+            assert await _disk_mib(guest) == LIMITS.disk_mib
+            await guest.seal()
+            await machine.snapshot(saved, resume=False)
+        machine = await bench.prepared(larger)
+        await machine.restore(saved)
+        async with bench.guest_of(machine) as guest:
+            await identity.confirm(guest, identity.fresh("00000000-0000-4000-8000-000000000001", "mine", {}))
+            assert await _disk_mib(guest) == larger.disk_mib
+        await machine.stop()
+        machine = await bench.prepared(smaller)
+        with pytest.raises(RuntimeFailed) as error:
+            await machine.restore(saved)
+        assert "larger" in str((error.value.message, error.value.fields))
+        await machine.stop()
+
+    async def test_its_clock_needs_no_interrupts(self, bench: Bench) -> None:
+        """One that counts them is as coarse as they are, and no processor may rest."""
+        async with bench.started() as (_, guest):
+            source = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
+            assert (await say(guest, f"cat {source}"))[0].strip() in ("tsc", "kvm-clock")
+            line = "a=$(grep LOC: /proc/interrupts); sleep 3; echo $a; grep LOC: /proc/interrupts"
+            before, after = (int(row.split()[1]) for row in (await say(guest, line))[0].splitlines())
+            assert after - before < 300, "the timer runs all the time"
 
     async def test_one_that_cannot_boot_says_why(self, bench: Bench) -> None:
         spec = await bench.spec()

@@ -19,6 +19,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from hosts import until
 from pandastack.errors import GuestError, HookFailed, HostUnfit, PandastackError, RuntimeFailed
 from pandastack.host import identity
 from pandastack.host.guest import ProcessSpec
-from pandastack.host.runtimes.base import Limits, Machine, MachineSpec, Runtime
+from pandastack.host.runtimes.base import Machine, MachineSpec, Runtime
 from pandastack.host.runtimes.fake import FakeRuntime
 from pandastack.host.runtimes.gvisor.driver import GvisorRuntime
 from pandastack.host.storage import space
@@ -343,7 +344,7 @@ async def test_a_saved_state_that_is_none_is_refused(bench: Bench) -> None:
 async def test_a_state_of_another_size_is_refused(bench: Bench) -> None:
     if bench.microvms is None:
         pytest.skip("its states fit machines of any size")
-    machine = await bench.prepared(Limits(cpu=1, memory_mib=128, disk_mib=256))
+    machine = await bench.prepared(replace(LIMITS, memory_mib=128))
     with pytest.raises(RuntimeFailed) as refused:
         await machine.restore(bench.microvms.template)
     assert "another memory_mib" in refused.value.message
@@ -516,12 +517,12 @@ async def test_a_sweep_touches_no_other_install(bench: Bench) -> None:
 async def test_limits_hold(bench: Bench) -> None:
     if not bench.real:
         pytest.skip("the fake has no kernel to hold limits")
-    async with bench.started(Limits(cpu=0.5, memory_mib=256, disk_mib=256)) as (machine, guest):
+    async with bench.started(replace(LIMITS, cpu=0.5)) as (machine, guest):
         before, began = (await machine.usage()).cpu_s, time.monotonic()
         await say(guest, "timeout 2 sh -c 'while :; do :; done'")
         share = ((await machine.usage()).cpu_s - before) / (time.monotonic() - began)
         assert share < 0.8
-        _, code = await say(guest, "head -c 400000000 /dev/zero >/root/big")
+        _, code = await say(guest, "head -c 600000000 /dev/zero >/root/big")
         assert code != 0, "the disk is larger than its limit"
         assert await say(guest, "rm /root/big; echo on") == ("on\n", 0)
 

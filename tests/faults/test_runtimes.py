@@ -505,7 +505,7 @@ async def test_a_size_that_takes_long_is_answered_and_goes_on(world: World, host
     await host.create(wanted(isolation=VM))
     hang = vm(world).hang("start")
     monkeypatch.setattr(sandboxes, "TEMPLATE_PATIENCE_S", 0.05)
-    with pytest.raises(TemplateNotReady, match="2 CPUs and 300 MiB") as error:
+    with pytest.raises(TemplateNotReady, match="2 CPUs, 300 MiB of memory and a disk of 256 MiB") as error:
         await host.create(wanted(isolation=VM, cpu=2, memory_mb=300))
     assert error.value.retry_after_s
     hang.release()
@@ -524,7 +524,7 @@ async def test_only_the_sizes_used_last_are_kept(world: World, host: HostService
     await kept(300)
     await kept(301)
     await kept(300)
-    assert await kept(302) == {"base", "base@1x300", "base@1x302"}
+    assert await kept(302) == {"base", "base@1x300x256", "base@1x302x256"}
     before = snapshots_taken(world)
     await kept(256)
     await kept(300)
@@ -571,11 +571,12 @@ async def test_a_snapshot_of_a_fixed_size_goes_on_with_that_only(host: HostServi
 
 
 async def test_a_disk_image_is_made_once_and_grown_to_what_was_asked(world: World, host: HostService) -> None:
-    for disk_mb in (None, IMAGE_MIB, 300):
+    """The file system in a state fills its disk, and does not shrink: a disk smaller than the template's needs a state of its own."""
+    for disk_mb, bakes in ((None, 1), (300, 1), (IMAGE_MIB, 2), (100, 2)):
         made = await host.create(wanted(isolation=VM, disk_mb=disk_mb))
-        assert made.disk_mb == (disk_mb or 256)
+        assert (made.disk_mb, snapshots_taken(world)) == (disk_mb or 256, bakes)
     sizes = sorted(file.stat().st_size >> 20 for file in (world.root / "disks-fakevm").glob("*/root.img"))
-    assert sizes == [IMAGE_MIB, 256, 300]
+    assert sizes == [IMAGE_MIB, 100, 256, 300]
     assert world.roots == ["base"]
     with pytest.raises(InvalidRequest, match=f"needs {IMAGE_MIB}") as error:
         await host.create(wanted(isolation=VM, disk_mb=IMAGE_MIB - 1))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hosts import World
-from pandastack.errors import DiskFull, GuestTimeout, RuntimeFailed
+from pandastack.errors import DiskFull, GuestError, GuestTimeout, InvalidRequest, RuntimeFailed
+from pandastack.host import identity
 from pandastack.host import machines as module
 from pandastack.host.app import HostService
 from pandastack.host.machines import Machines, SlotKey
@@ -110,6 +112,31 @@ async def test_a_slot_that_cannot_be_frozen_leaves_nothing(world: World, machine
     with pytest.raises(RuntimeFailed):
         await machines.slot(key)
     assert world.left() == {}
+
+
+async def test_a_slot_with_a_kernel_of_its_own_has_rehearsed(world: World) -> None:
+    """One that cannot leaves nothing; the identity comes once, and last."""
+    world.runtime.capabilities = replace(world.runtime.capabilities, own_kernel=True)
+    async with world.opened() as host:
+        machines = host.backends.list()[0].machines
+        baked = host.backends.list()[0].bakery.ready("base")
+        assert baked is not None
+        key = SlotKey(baked.image.rootfs, baked.limits, baked.snapshot)
+        world.runtime.steps.clear()
+        ready = await machines.slot(key)
+        assert [step for step in world.runtime.steps if step in ("restore", "machine.rehearse", "freeze")] == [
+            "restore", "machine.rehearse", "freeze",
+        ]  # fmt: skip
+        await ready.machine.thaw()
+        assert (await ready.guest.health()).sealed
+        await identity.confirm(ready.guest, identity.fresh("s", "box", {}))
+        with pytest.raises(InvalidRequest, match="sealed"):
+            await identity.rehearse(ready.guest)
+        await machines.discard_ready(ready)
+        world.runtime.fail("machine.rehearse")
+        with pytest.raises(GuestError):
+            await machines.slot(key)
+        assert world.left() == {}
 
 
 async def test_a_stop_that_fails_still_frees_the_disk(world: World, machines: Machines) -> None:

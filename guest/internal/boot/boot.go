@@ -72,8 +72,11 @@ func run(arguments []string) error {
 		{"modules", func() error { return loadModules(modules) }},
 		{"program", func() (err error) { program, err = os.ReadFile("/init"); return }},
 		{"disk", func() error { return waitFor(Disk, diskPatience) }},
-		// What is deleted goes back to the host; new tables of inodes are zero as they are.
-		{"root file system", func() error { return mount(Disk, newRoot, "ext4", syscall.MS_NOATIME, "discard,noinit_itable") }},
+		// What is deleted goes back to the host; new tables of inodes are zero as they are. Nothing reads all maps of blocks in
+		// the background: every copy of this machine would.
+		{"root file system", func() error {
+			return mount(Disk, newRoot, "ext4", syscall.MS_NOATIME, "discard,noinit_itable,no_prefetch_block_bitmaps")
+		}},
 		{"new root", switchRoot},
 		{"mounts", mountAll},
 		{"daemon", func() error { return install(program) }},

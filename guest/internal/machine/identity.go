@@ -26,6 +26,7 @@ const (
 	capabilityVersion = 0x20080522
 	capSysTime        = 25
 
+	machineIDFile   = "/etc/machine-id"
 	hostsMark       = "# pandastack"
 	maxTokenBytes   = 1024
 	identityFileMax = 1 << 20
@@ -62,27 +63,35 @@ func outcome(detail string, err error) step {
 // identitySteps is the order of the steps that come before any code of a user.
 var identitySteps = []string{"entropy", "clock", "hostname", "machine_id", "boot_id", "disk", "env", "token"}
 
+// parseIdentity checks what an identity brings.
+func parseIdentity(raw []byte) (wanted identity, entropy []byte, err error) {
+	if err := frames.Unmarshal(raw, &wanted); err != nil {
+		return wanted, nil, faults.Invalid("params: %v", err)
+	}
+	entropy, err = base64.StdEncoding.DecodeString(wanted.Entropy)
+	if err != nil || len(entropy) != entropyBytes {
+		return wanted, nil, faults.Invalid("entropy_b64 is base64 of %d bytes", entropyBytes)
+	}
+	if !validHostname.MatchString(wanted.Hostname) || wanted.UnixNS <= 0 || len(wanted.Token) > maxTokenBytes ||
+		wanted.MachineID != "" && !validMachineID.MatchString(wanted.MachineID) {
+		return wanted, nil, faults.Invalid("hostname, unix_ns, token or machine_id")
+	}
+	for name, value := range wanted.Env {
+		if name == "" || strings.ContainsAny(name, "=\x00") || strings.ContainsRune(value, 0) {
+			return wanted, nil, faults.Invalid("env %.80q", name)
+		}
+	}
+	return wanted, entropy, nil
+}
+
 // callIdentity makes this copy of a machine itself. The order matters: no random number may be drawn before the
 // entropy, no time read before the clock, and user code starts only when all is done. A sealed machine with a step that
 // failed stays sealed, and frozen: what it would do is not what its owner may expect.
 func (m *Machine) callIdentity(stream *session.Stream, raw []byte) error {
 	arrived := time.Now()
-	var wanted identity
-	if err := frames.Unmarshal(raw, &wanted); err != nil {
-		return faults.Invalid("params: %v", err)
-	}
-	entropy, err := base64.StdEncoding.DecodeString(wanted.Entropy)
-	if err != nil || len(entropy) != entropyBytes {
-		return faults.Invalid("entropy_b64 is base64 of %d bytes", entropyBytes)
-	}
-	if !validHostname.MatchString(wanted.Hostname) || wanted.UnixNS <= 0 || len(wanted.Token) > maxTokenBytes ||
-		wanted.MachineID != "" && !validMachineID.MatchString(wanted.MachineID) {
-		return faults.Invalid("hostname, unix_ns, token or machine_id")
-	}
-	for name, value := range wanted.Env {
-		if name == "" || strings.ContainsAny(name, "=\x00") || strings.ContainsRune(value, 0) {
-			return faults.Invalid("env %.80q", name)
-		}
+	wanted, entropy, err := parseIdentity(raw)
+	if err != nil {
+		return err
 	}
 	limit, err := hookLimit(wanted.HookMS)
 	if err != nil {
@@ -97,17 +106,7 @@ func (m *Machine) callIdentity(stream *session.Stream, raw []byte) error {
 	if frozen {
 		m.EndOthers(stream)
 	}
-	steps := map[string]step{}
-	steps["entropy"] = outcome(reseed(entropy))
-	offset, detail, err := setClock(wanted.UnixNS, arrived)
-	steps["clock"] = outcome(detail, err)
-	steps["hostname"] = outcome("set", setHostname(wanted.Hostname))
-	steps["machine_id"] = step{true, "kept"}
-	if wanted.MachineID != "" {
-		steps["machine_id"] = outcome("set", overwrite("/etc/machine-id", []byte(wanted.MachineID+"\n")))
-	}
-	steps["boot_id"] = outcome(m.Own.renewBootID())
-	steps["disk"] = outcome(m.Own.grow())
+	steps, offset := m.become(wanted, entropy, arrived)
 	environment := map[string]string{}
 	for name, value := range wanted.Env {
 		environment[name] = value
@@ -136,6 +135,41 @@ func (m *Machine) callIdentity(stream *session.Stream, raw []byte) error {
 		m.lastCall = time.Now()
 		m.mutex.Unlock()
 		m.open(false)
+	}
+	return stream.Answer(map[string]any{"steps": steps, "offset_ns": offset})
+}
+
+// become does what of an identity is the kernel's and the file system's.
+func (m *Machine) become(wanted identity, entropy []byte, arrived time.Time) (steps map[string]step, offsetNS int64) {
+	steps = map[string]step{"entropy": outcome(reseed(entropy))}
+	offsetNS, detail, err := setClock(wanted.UnixNS, arrived)
+	steps["clock"] = outcome(detail, err)
+	steps["hostname"] = outcome("set", setHostname(wanted.Hostname))
+	steps["machine_id"] = step{true, "kept"}
+	if wanted.MachineID != "" {
+		steps["machine_id"] = outcome("set", overwrite(machineIDFile, []byte(wanted.MachineID+"\n")))
+	}
+	steps["boot_id"] = outcome(m.Own.renewBootID())
+	steps["disk"] = outcome(m.Own.grow())
+	return steps, offsetNS
+}
+
+// callRehearse does once what an identity and the first command after it will do. What code they need is then read, in
+// memory and, where the processor is emulated, translated before anybody waits for it. What it sets the identity sets again.
+func (m *Machine) callRehearse(stream *session.Stream, raw []byte) error {
+	arrived := time.Now()
+	wanted, entropy, err := parseIdentity(raw)
+	if err != nil {
+		return err
+	}
+	m.operation.Lock()
+	defer m.operation.Unlock()
+	if sealed, frozen := m.state(); !sealed || frozen {
+		return faults.Invalid("only a machine that is sealed, and not frozen, can rehearse")
+	}
+	steps, offset := m.become(wanted, entropy, arrived)
+	if err := m.Processes.Rehearse(defaultHookMS*time.Millisecond, stream.Done()); err != nil {
+		return err
 	}
 	return stream.Answer(map[string]any{"steps": steps, "offset_ns": offset})
 }
@@ -253,7 +287,22 @@ func setHostname(name string) error {
 	return nil
 }
 
-// overwrite keeps the inode: these files may be bind mounts, over which nothing can be renamed.
+// overwrite keeps the inode: these files may be bind mounts, over which nothing can be renamed. And it keeps the blocks: a file
+// that was emptied first goes to the disk when it is closed.
 func overwrite(path string, content []byte) error {
-	return os.WriteFile(path, content, 0o644)
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(content)
+	if err == nil {
+		var info os.FileInfo
+		if info, err = file.Stat(); err == nil && info.Size() > int64(len(content)) {
+			err = file.Truncate(int64(len(content)))
+		}
+	}
+	if closed := file.Close(); err == nil {
+		err = closed
+	}
+	return err
 }

@@ -21,6 +21,7 @@ type Processes interface {
 	Freeze() (stopped int, err error)
 	Continue() (continued int)
 	Hook(path, reason string, limit time.Duration, cancel <-chan struct{}) error
+	Rehearse(limit time.Duration, cancel <-chan struct{}) error
 }
 
 // Machine keeps the state that identity changes: running -> sealed -> running, or running -> sealed and frozen -> running.
@@ -53,6 +54,7 @@ func New(build string, processes Processes) *Machine {
 func (m *Machine) Methods() map[string]session.Method {
 	return map[string]session.Method{
 		"machine.identity":  m.callIdentity,
+		"machine.rehearse":  m.callRehearse,
 		"machine.seal":      m.callSeal,
 		"machine.unseal":    m.callUnseal,
 		"machine.health":    m.callHealth,
@@ -107,7 +109,7 @@ func (m *Machine) admit(method string) (thawed chan struct{}, leave func(), err 
 	m.mutex.Lock()
 	defer m.mutex.Unlock()
 	switch method {
-	case "machine.health", "machine.seal", "machine.unseal", "machine.identity":
+	case "machine.health", "machine.seal", "machine.unseal", "machine.identity", "machine.rehearse":
 	case "file.scan", "file.digests", "file.read": // What was saved can be read in a copy that will never run.
 	default:
 		if m.thawed != nil {

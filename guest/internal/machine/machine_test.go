@@ -35,11 +35,13 @@ func (none) Hook(string, string, time.Duration, <-chan struct{}) error {
 	return nil
 }
 
+func (none) Rehearse(time.Duration, <-chan struct{}) error { return nil }
+
 func TestSealedAdmitsOnlyTheMachine(t *testing.T) {
 	machine := New("test", none{})
 	machine.sealed = true
 	for method, allowed := range map[string]bool{"process.run": false, "file.write": false, "file.list": false, "machine.warm": false,
-		"machine.health": true, "machine.identity": true, "machine.seal": true, "machine.unseal": true,
+		"machine.health": true, "machine.identity": true, "machine.rehearse": true, "machine.seal": true, "machine.unseal": true,
 		"file.scan": true, "file.digests": true, "file.read": true} {
 		if _, err := machine.Admit(&session.Stream{}, method); (err == nil) != allowed {
 			t.Fatal(method, err)

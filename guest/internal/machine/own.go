@@ -26,6 +26,22 @@ type Own struct {
 	Writable func(wanted bool) error
 }
 
+// Settle does once, before this machine is saved, what would be slow in every copy of it: its disk is filled, and the files that an
+// identity writes are in memory and have their blocks.
+func (o *Own) Settle() error {
+	if _, err := o.grow(); err != nil {
+		return err
+	}
+	name, err := os.Hostname()
+	if err != nil {
+		return err
+	}
+	if _, err := os.ReadFile(machineIDFile); err != nil && !os.IsNotExist(err) {
+		return err
+	}
+	return setHostname(name)
+}
+
 // renewBootID makes this a boot of its own: copies of a machine share what the kernel says.
 func (o *Own) renewBootID() (detail string, err error) {
 	if o == nil {

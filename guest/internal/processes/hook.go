@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"fmt"
+	"os"
 	"syscall"
 	"time"
 
@@ -14,15 +15,28 @@ import (
 // hookTail is how much of its output a failed hook may tell; a host shows an error in 500 characters.
 const hookTail = 300
 
-// Hook runs a program of the sandbox's owner as root and waits for its end. It is in no list and no count, and it runs
-// while others are frozen. `hook_failed` if it does not exit with 0 before the limit, at which its tree is killed; likewise
-// when `cancel` closes, which is ErrAborted.
+// Hook runs a program of the sandbox's owner as root and waits for its end. `hook_failed` if it does not exit with 0 before the
+// limit, at which its tree is killed; likewise when `cancel` closes, which is ErrAborted.
 func (r *Registry) Hook(path, reason string, limit time.Duration, cancel <-chan struct{}) error {
+	return r.aside(&Spec{Argv: []string{path}, Cwd: "/", Env: map[string]string{"PANDASTACK_REASON": reason}}, limit, cancel)
+}
+
+// Rehearse runs the shortest program that there is anywhere, this one's file, as a command would be run. Errors as of Hook.
+func (r *Registry) Rehearse(limit time.Duration, cancel <-chan struct{}) error {
+	program, err := os.Executable()
+	if err != nil {
+		return faults.New("hook_failed", "%v", err)
+	}
+	return r.aside(&Spec{Argv: []string{program, "-version"}, Cwd: "/"}, limit, cancel)
+}
+
+// aside runs a program that is in no list and no count, also while others are frozen.
+func (r *Registry) aside(spec *Spec, limit time.Duration, cancel <-chan struct{}) error {
+	path := spec.Argv[0]
 	user, err := FindUser("")
 	if err != nil {
 		return faults.New("hook_failed", "%s: %v", path, err)
 	}
-	spec := &Spec{Argv: []string{path}, Cwd: "/", Env: map[string]string{"PANDASTACK_REASON": reason}}
 	process := newProcess(MinOutput)
 	process.children, process.User, process.Argv, process.user, process.hook = r.children, user.Name, spec.Argv, user, true
 	var random [8]byte

@@ -50,6 +50,10 @@ BENCHMARKS = {
 }
 
 
+# A microVM has whole CPUs, and what is measured here is one program: a second one would only be in the way of other machines.
+_CPUS = {"qemu": 1.0}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 measured (also when a promise was missed), 1 could not measure, 2 wrong usage."""
     parser = argparse.ArgumentParser(
@@ -70,6 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size-mib", type=int, default=1024, help="size of the large file (default: 1024)")
     parser.add_argument(
         "--state-mb", type=_numbers(0, 1 << 20), help="sizes of the states to save (default: 0,50,300, and 1000 if it fits)"
+    )
+    parser.add_argument(
+        "--cpu",
+        type=float,
+        help="CPUs of each sandbox with a state, the bare tool's too (default: 1 of a microVM, else the template's)",
     )
     parser.add_argument("--children", type=_numbers(1, 16), default=_CHILDREN, help="children of a fork (default: 1,4,8,16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
@@ -100,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(arguments: argparse.Namespace, say: Say) -> list[figures.Row]:
     runtime, rows = arguments.runtime, []
     with server.place(runtime) as place, TOOLS[runtime](arguments.template) as bare:
-        setting = Setting(runtime, arguments.template, place, bare, say)
+        setting = Setting(runtime, arguments.template, place, bare, say, cpu=arguments.cpu or _CPUS.get(runtime))
         for name in BENCHMARKS:
             if name in (arguments.benchmark or BENCHMARKS) and BENCHMARKS[name].of(runtime):
                 rows += BENCHMARKS[name].measure(setting, arguments)

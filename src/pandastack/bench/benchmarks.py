@@ -33,6 +33,8 @@ def create(setting: Setting, n: int, slots: int, blanks: int) -> list[Row]:
                 if pool:
                     running.wait_for_slots()
                 ours.append(first_exec(running, setting.template))
+                if pool:
+                    running.wait_for_slots()  # The bare tool has the machine to itself, too.
                 theirs.append(setting.bare.create_and_exec())
             rows.append(timing("create", case, setting.runtime, ours, theirs, promise=setting.promise("create", case)))
     return rows

@@ -13,7 +13,7 @@ from pandastack.bench.figures import Row, percentile, quantity, timing
 from pandastack.bench.setting import Setting
 from pandastack.bench.states import MIB, PROMISED_STATE_MB, resolution, stored_bytes
 from pandastack.bench.tool import BareState
-from pandastack.bench.workloads import Workload, ticking
+from pandastack.bench.workloads import ticking
 from pandastack.errors import PandastackError
 from pandastack.host.admission import memory_mib
 from pandastack.sdk.sandboxes import Sandbox
@@ -30,7 +30,7 @@ def fork(setting: Setting, sizes_mb: Sequence[int], counts: Sequence[int], sampl
     rows = []
     with setting.running(blanks=blanks) as running:
         for size_mb in sizes_mb:
-            workload, fitting = Workload(size_mb), [count for count in counts if fits(setting.runtime, size_mb, count)]
+            workload, fitting = setting.workload(size_mb), [count for count in counts if fits(setting.runtime, size_mb, count)]
             if not fitting:
                 continue
             setting.say(f"fork {size_mb} MB: filling memory")
@@ -106,7 +106,8 @@ class _Fork:
         times = percentile(lasts[8], 0.5) / percentile(lasts[1], 0.5)
         promise = self._setting.promise("fork", "all of 8 by one", if_=self._size_mb == PROMISED_STATE_MB)
         case, runtime = f"{self._case(8)}: all answer, by one child", self._setting.runtime
-        note = f"by one child: how many times as long as one; {os.cpu_count()} cores do the work of the eight guests"
+        each = f"{self._setting.cpu:g}" if self._setting.cpu else "those of the template"
+        note = f"by one child: how many times as long as one; {os.cpu_count()} cores do the work of the eight guests, CPUs of each: {each}"
         return [quantity("fork", case, runtime, len(lasts[8]), times, "x", promise=promise, note=note)]
 
     def _pauses(self, n: int) -> list[Row]:

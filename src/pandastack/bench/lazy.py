@@ -12,7 +12,6 @@ from pandastack.bench.far import Far, serving
 from pandastack.bench.figures import Row, quantity, timing
 from pandastack.bench.server import Server
 from pandastack.bench.setting import Setting
-from pandastack.bench.workloads import Workload
 
 DELAYS_MS = (0, 5, 20)
 _NOTE = (
@@ -32,7 +31,7 @@ def lazy(setting: Setting, state_mb: int, n: int) -> list[Row]:
     """Local, then for each delay `first`, `known` and `again`, and how many chunks the store was asked for."""
     work = setting.place.folder / "far"
     objects = {"PANDASTACK_OBJECT_STORE": str(work / "objects"), "PANDASTACK_CHUNK_CACHE_DIR": str(work / "chunks")}
-    runtime, workload, local = setting.runtime, Workload(state_mb), _Case()
+    runtime, workload, local = setting.runtime, setting.workload(state_mb), _Case()
     with setting.running(environ=objects) as running:
         setting.say("lazy: a snapshot, and what it takes when it is here")
         with workload.sandbox(running, setting.template) as sandbox:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pandastack.bench import facts, server
 from pandastack.bench.figures import Row, quantity, timing
 from pandastack.bench.setting import Setting
-from pandastack.bench.workloads import Workload, ticking
+from pandastack.bench.workloads import ticking
 from pandastack.sdk.sandboxes import Sandbox
 
 MIB = 1 << 20
@@ -30,7 +30,7 @@ def snapshot(setting: Setting, sizes_mb: Sequence[int], samples: int | None, bla
 
 
 def _snapshot_rows(setting: Setting, running: server.Server, size_mb: int, samples: int | None) -> list[Row]:
-    runtime, workload, case = setting.runtime, Workload(size_mb), f"{size_mb} MB"
+    runtime, workload, case = setting.runtime, setting.workload(size_mb), f"{size_mb} MB"
     n = workload.samples(samples)
     setting.say(f"snapshot {case}: filling memory")
     with workload.sandbox(running, setting.template) as sandbox, setting.bare.holding(workload) as held:
@@ -58,7 +58,7 @@ def _snapshot_rows(setting: Setting, running: server.Server, size_mb: int, sampl
 
 def _in_larger_memory(setting: Setting, running: server.Server, samples: int | None) -> list[Row]:
     """The same state in a sandbox with more memory, where the runtime says how long it stood still."""
-    workload = Workload(PROMISED_STATE_MB, free_mb=LARGER_FREE_MB)
+    workload = setting.workload(PROMISED_STATE_MB, free_mb=LARGER_FREE_MB)
     n = workload.samples(samples)
     case = f"{PROMISED_STATE_MB} MB in {workload.memory_mb} MiB"
     paused = []
@@ -91,7 +91,7 @@ def wake(setting: Setting, sizes_mb: Sequence[int], samples: int | None, blanks:
     rows, runtime = [], setting.runtime
     with setting.running(blanks=blanks) as running:
         for size_mb in sizes_mb:
-            workload, case = Workload(size_mb), f"{size_mb} MB"
+            workload, case = setting.workload(size_mb), f"{size_mb} MB"
             n = workload.samples(samples)
             setting.say(f"wake {case}: filling memory")
             with workload.sandbox(running, setting.template) as sandbox, setting.bare.holding(workload) as held:

@@ -46,10 +46,14 @@ while True:
 
 @dataclass(frozen=True)
 class Workload:
-    """A Python process that holds `state_mb` of random bytes, and beside it nothing; `free_mb` of memory stay free."""
+    """A Python process that holds `state_mb` of random bytes, and beside it nothing; `free_mb` of memory stay free.
+
+    `cpu` is that of its sandbox; None is the template's.
+    """
 
     state_mb: int
     free_mb: int = 512
+    cpu: float | None = None
 
     @property
     def memory_mb(self) -> int:
@@ -61,12 +65,12 @@ class Workload:
         return wanted or (5 if self.state_mb < LARGE_STATE_MB else 2)
 
     def limits(self, usual: Limits) -> Limits:
-        return replace(usual, memory_mib=self.memory_mb)
+        return replace(usual, memory_mib=self.memory_mb, cpu=self.cpu or usual.cpu)
 
     @contextlib.contextmanager
     def sandbox(self, running: Server, template: str) -> Iterator[Sandbox]:
         """A sandbox in which the state is there."""
-        with running.client.sandboxes.create(template, memory_mb=self.memory_mb, ttl_seconds=3600) as sandbox:
+        with running.client.sandboxes.create(template, memory_mb=self.memory_mb, cpu=self.cpu, ttl_seconds=3600) as sandbox:
             sandbox.processes.start(["/usr/bin/python3", "-c", HOLDER, str(self.state_mb)])
             sandbox.exec(f"until test -e {READY}; do sleep 0.05; done", timeout_seconds=READY_TIMEOUT_S, check=True)
             yield sandbox

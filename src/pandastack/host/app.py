@@ -20,6 +20,7 @@ import structlog
 
 import pandastack
 from pandastack.errors import HostUnfit
+from pandastack.host import identity
 from pandastack.host.admission import Admission, Totals, memory_mib
 from pandastack.host.backends import Backend, Backends, Offer
 from pandastack.host.bakery import Bakery
@@ -175,6 +176,8 @@ class _Parts:
             # A view of a folder; an image is opened by its driver only, which does not write to it.
             shared=(lambda path: path) if runtime.capabilities.image else self._views.view,
             refills=self.refills,
+            # A kernel that is shared has run all of it before.
+            rehearse=identity.rehearse if runtime.capabilities.own_kernel else None,
             slots=settings.slots,
             blanks=settings.blanks,
         )

@@ -64,6 +64,12 @@ class Baked:
     disk_floor_mib: int
     warm: bool
 
+    def other_size(self, limits: Limits) -> Size | None:
+        """Of the saved state for these limits on a runtime with `Capabilities.fixed_size`; None where this one will do."""
+        disk_mib = self.limits.disk_mib if limits.disk_mib >= self.limits.disk_mib else self.disk_floor_mib
+        wanted = Size.of(replace(limits, disk_mib=disk_mib))
+        return wanted if wanted != Size.of(self.limits) else None
+
 
 class _Job:
     """A bake under way and everything it has said; followers read from the beginning."""
@@ -152,7 +158,7 @@ class Bakery:
                 return await asyncio.shield(job.task)
         except TimeoutError as error:
             latest = job.said[-1].message if job.said else "starting"
-            what = f"template {name}" if size is None else f"template {name} with {size.cpus} CPUs and {size.memory_mib} MiB"
+            what = f"template {name}" if size is None else f"template {name} with {size.words}"
             raise TemplateNotReady(
                 f"{what} is being prepared on this machine ({latest})",
                 hint="try again in a few seconds, or watch `pandastack template bake`",
@@ -315,7 +321,7 @@ class Bakery:
         """One at a time: each takes the CPUs and the memory of a sandbox of that size."""
         job.say("wait", "waiting for its turn")
         own = await asyncio.shield(self._start(name, None).task) if (ready := self.ready(name)) is None else ready
-        limits = replace(own.limits, cpu=float(size.cpus), memory_mib=size.memory_mib)
+        limits = size.within(own.limits)
         async with self._one_size:
             if baked := self._read(own.image, size):
                 return baked
@@ -331,7 +337,7 @@ class Bakery:
     async def _make(self, image: Image, rootfs: Path, size: Size | None, job: _Job) -> Baked:
         limits = default_limits(image, rootfs)
         if size is not None:
-            limits = replace(limits, cpu=float(size.cpus), memory_mib=size.memory_mib)
+            limits = size.within(limits)
         key = self._key(image, size)
         temporary = self._root / f".{key}.{os.getpid()}"
         manifest: dict[str, Any] = {"rootfs": str(rootfs), "rootfs_made": _made(rootfs)}

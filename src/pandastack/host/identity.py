@@ -77,6 +77,20 @@ async def confirm(guest: Guest, identity: Identity, *, hook_timeout_s: float = H
     raise GuestError(f"the guest did not confirm its identity: {', '.join(failed)}", detail=step.detail if step is not None else None)
 
 
+async def rehearse(guest: Guest) -> None:
+    """Have a sealed guest go once through what `confirm` and a first command will ask of it. Raises GuestError."""
+    nobody = fresh("", "sandbox", {})
+    report = await guest.rehearse(
+        hostname=nobody.hostname,
+        unix_ns=time.time_ns(),
+        entropy=nobody.entropy,
+        machine_id=nobody.machine_id,
+        timeout_s=IDENTITY_TIMEOUT_S,
+    )
+    if failed := [name for name, step in report.steps.items() if not step.ok]:
+        raise GuestError(f"the guest could not rehearse its identity: {', '.join(failed)}", detail=report.steps[failed[0]].detail)
+
+
 def _check_clock(offset_s: float, took_s: float) -> None:
     """A clock that cannot be set must be right already. What it seems to be ahead is also the time the call took to arrive."""
     if not -MAX_CLOCK_OFFSET_S <= offset_s <= MAX_CLOCK_OFFSET_S + took_s:

@@ -15,7 +15,7 @@ import errno
 import math
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -59,17 +59,29 @@ class Storage(Protocol):
 
 @dataclass(frozen=True)
 class Size:
-    """The class of sizes for which one saved state will do, on a runtime with `Capabilities.fixed_size`: whole CPUs, and MiB."""
+    """The class of sizes for which one saved state will do, on a runtime with `Capabilities.fixed_size`: whole CPUs, and MiB.
+
+    Its file system fills a disk of that size, and can grow after a restore, but never shrink.
+    """
 
     cpus: int
     memory_mib: int
+    disk_mib: int
 
     @classmethod
     def of(cls, limits: Limits) -> Size:
-        return cls(math.ceil(limits.cpu), limits.memory_mib)
+        return cls(math.ceil(limits.cpu), limits.memory_mib, limits.disk_mib)
+
+    def within(self, limits: Limits) -> Limits:
+        """Those of a machine that is saved for this size."""
+        return replace(limits, cpu=float(self.cpus), memory_mib=self.memory_mib, disk_mib=self.disk_mib)
+
+    @property
+    def words(self) -> str:
+        return f"{self.cpus} CPUs, {self.memory_mib} MiB of memory and a disk of {self.disk_mib} MiB or more"
 
     def __str__(self) -> str:
-        return f"{self.cpus}x{self.memory_mib}"
+        return f"{self.cpus}x{self.memory_mib}x{self.disk_mib}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,7 @@ class Machines:
     """All of one runtime. `state` holds one private directory per machine; `guest` is the one that sandboxes see as `/.pandastack`.
 
     `shared` turns a directory that many sandboxes use into the read-only view that a runtime is given. `slots` ready machines are
-    kept for each key, and `blanks` blank ones for each shape. The owner runs `run`.
+    kept for each key, whose guests did `rehearse`, and `blanks` blank ones for each shape. The owner runs `run`.
     """
 
     def __init__(
@@ -121,6 +133,7 @@ class Machines:
         guest: Path,
         shared: Callable[[Path], Path],
         refills: Refills,
+        rehearse: Callable[[Guest], Awaitable[None]] | None = None,
         slots: int = 0,
         blanks: int = 0,
     ) -> None:
@@ -129,6 +142,7 @@ class Machines:
         self._state = state
         self.guest = guest
         self._shared = shared
+        self._rehearse = rehearse
         self.slots: Slots[SlotKey, Ready] = Slots(self.slot, self.discard_ready, refills, size=slots)
         self.blanks: Slots[Shape, Machine] = Slots(self._blank, self.discard, refills, size=blanks)
 
@@ -231,6 +245,8 @@ class Machines:
         """A ready machine that uses no CPU until it is taken."""
         ready = await self.restored(key)
         try:
+            if self._rehearse is not None:
+                await self._rehearse(ready.guest)
             await ready.machine.freeze()
         except BaseException:
             await self.discard_ready(ready)

@@ -34,7 +34,7 @@ from pandastack.host import identity
 from pandastack.host.backends import Backend
 from pandastack.host.guest import Guest
 from pandastack.host.ledger import Entry
-from pandastack.host.machines import Ready, Size, SlotKey
+from pandastack.host.machines import Ready, SlotKey
 from pandastack.host.registry import Registry
 from pandastack.host.runtimes.base import Limits, Machine
 from pandastack.host.sandbox import Sandbox, not_running
@@ -148,7 +148,7 @@ class Sandboxes:
         ):
             if wanted < least:
                 raise InvalidRequest(f"{field} is {wanted}, but template {image.name} needs {least} to start", field=field, minimum=least)
-        if backend.runtime.capabilities.fixed_size and (size := Size.of(limits)) != Size.of(own.limits):
+        if backend.runtime.capabilities.fixed_size and (size := own.other_size(limits)) is not None:
             self.registry.admission.require_possible(limits)
             baked = await backend.bakery.wait(request.template, patience_s=TEMPLATE_PATIENCE_S, size=size)
         key = SlotKey(baked.rootfs, limits, baked.snapshot)
@@ -170,11 +170,11 @@ class Sandboxes:
         for field, wanted, least in (("memory_mb", limits.memory_mib, origin.memory_mb), ("disk_mb", limits.disk_mib, origin.disk_mb)):
             if wanted < least:
                 raise InvalidRequest(f"{field} is {wanted}, but the snapshot has {least}", field=field, minimum=least)
-        size = Size(math.ceil(origin.cpu), origin.memory_mb)
-        if backend.runtime.capabilities.fixed_size and Size.of(limits) != size:
+        cpus, memory_mib = math.ceil(origin.cpu), origin.memory_mb
+        if backend.runtime.capabilities.fixed_size and (math.ceil(limits.cpu), limits.memory_mib) != (cpus, memory_mib):
             raise InvalidRequest(
-                f"a snapshot of the runtime {backend.name} goes on with its own size only: {size.cpus} CPUs and {size.memory_mib} MiB",
-                field="memory_mb" if limits.memory_mib != size.memory_mib else "cpu",
+                f"a snapshot of the runtime {backend.name} goes on with its own size only: {cpus} CPUs and {memory_mib} MiB",
+                field="memory_mb" if limits.memory_mib != memory_mib else "cpu",
                 cpu=origin.cpu,
                 memory_mb=origin.memory_mb,
             )

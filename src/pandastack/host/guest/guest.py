@@ -283,6 +283,21 @@ class Guest:
         }
         return await self.connection.request("machine.identity", params, IdentityReport, timeout_s=_longer(timeout_s, hook_timeout_s))
 
+    async def rehearse(
+        self, *, hostname: str, unix_ns: int, entropy: bytes, machine_id: str, timeout_s: float | None = ANSWER_TIMEOUT_S
+    ) -> IdentityReport:
+        """The steps of an identity that the kernel and the file system do, and the daemon's own file run as a command.
+
+        Only while it is sealed, and stays so. What it sets, the identity sets again.
+        """
+        params = {
+            "hostname": hostname,
+            "unix_ns": unix_ns,
+            "entropy_b64": base64.b64encode(entropy).decode(),
+            "machine_id": machine_id,
+        }
+        return await self.connection.request("machine.rehearse", params, IdentityReport, timeout_s=timeout_s)
+
     async def seal(
         self,
         freeze: bool = False,

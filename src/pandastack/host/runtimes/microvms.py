@@ -125,14 +125,18 @@ def usage(process: Process, cgroup: MachineCgroup) -> Usage:
 
 
 def disk_from(source: Path, disk: Path, disk_mib: int, clone: Callable[[Path, Path], None]) -> int:
-    """A copy of an image as a machine's disk, as large as its limit; open for reading and writing."""
+    """A copy of an image as a machine's disk, as large as its limit; open for reading and writing.
+
+    Raises RuntimeFailed where the image is larger: the file system in it fills it.
+    """
     disk.unlink(missing_ok=True)
     with filled():
         clone(source, disk)
     fd = os.open(disk, os.O_RDWR | os.O_CLOEXEC)
     try:
-        if os.fstat(fd).st_size < disk_mib << 20:
-            os.truncate(fd, disk_mib << 20)
+        if os.fstat(fd).st_size > disk_mib << 20:
+            raise RuntimeFailed("the saved disk is larger than the machine's may be")
+        os.truncate(fd, disk_mib << 20)
     except BaseException:
         os.close(fd)
         raise

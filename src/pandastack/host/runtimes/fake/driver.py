@@ -91,8 +91,11 @@ class FakeMachine:
     async def restore(self, snapshot: Path) -> None:
         await self._step("restore")
         try:
-            if (snapshot / _MADE_ON).read_text() != self._made_on():
+            made_on, disk_mib = (snapshot / _MADE_ON).read_text().splitlines()
+            if made_on != self._made_on():
                 raise ValueError(f"it is of another machine than {self._made_on()}")
+            if self._runtime.capabilities.image and int(disk_mib) > self.spec.limits.disk_mib:
+                raise ValueError("its disk is larger")
             self._boot((snapshot / _SAVED).read_text())
         except (OSError, ValueError, SyntaxError) as error:
             raise RuntimeFailed("there is no such saved state", detail=str(error)) from error
@@ -111,7 +114,7 @@ class FakeMachine:
                 if self.guest is None:
                     raise RuntimeFailed("the machine does not run")
                 (into / _SAVED).write_text(self.guest.save())
-                (into / _MADE_ON).write_text(self._made_on())
+                (into / _MADE_ON).write_text(f"{self._made_on()}\n{self.spec.limits.disk_mib}\n")
         if not resume:
             self.end("exited")
 

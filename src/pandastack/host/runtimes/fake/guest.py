@@ -32,7 +32,7 @@ _PIECE_BYTES = 64 << 10
 _BACKLOG_BYTES = 512 << 10
 _ACTIVITY_DELAY_S = 0.02
 _STEPS = ("entropy", "clock", "hostname", "machine_id", "boot_id", "disk", "env", "token", "hooks", "processes")
-_ABOUT_SEALS = ("machine.health", "machine.seal", "machine.unseal", "machine.identity")
+_ABOUT_SEALS = ("machine.health", "machine.seal", "machine.unseal", "machine.identity", "machine.rehearse")
 _ADMITTED = (*_ABOUT_SEALS, "file.scan", "file.digests", "file.read")
 _HOOKS = b"/etc/pandastack/hooks/"
 
@@ -485,6 +485,12 @@ class FakeGuest:
         report = self._report(None)
         report["steps"]["processes"]["detail"] = f"{continued} continued"
         return report
+
+    def _machine_rehearse(self, _call: _Call, params: Params) -> Params:
+        if not self.sealed or self.frozen_at is not None:
+            raise Fault("invalid", "only a machine that is sealed, and not frozen, can rehearse")
+        self.hostname = params["hostname"]
+        return self._report(None)
 
     def _report(self, failed: str | None) -> Params:
         """That all steps were done, or those before the one that failed. A seal outlives a failure."""

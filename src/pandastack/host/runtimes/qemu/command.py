@@ -124,10 +124,11 @@ def file_node(name: str, fd_set: int) -> dict[str, Any]:
 def kernel_arguments(acceleration: Acceleration, tsc_khz: int, processes: int) -> str:
     """The guest kernel's command line.
 
-    Emulated code is as slow without mitigations as with them, and nothing speculates, so they are off there. A kernel under TCG
-    would measure its clock against an emulated timer, and hang where the host is busy: it is told.
+    Emulated code is as slow without mitigations as with them, and nothing speculates, so they are off there. Programs are at the
+    same addresses each time, because code at new ones is translated anew, and that is more than half of what it takes to start one.
+    A kernel under TCG would measure its clock against an emulated timer, and hang where the host is busy: it is told.
     """
-    emulated = f"nokaslr mitigations=off tsc_early_khz={tsc_khz} " if acceleration == "tcg" else ""
+    emulated = f"nokaslr norandmaps mitigations=off tsc=reliable tsc_early_khz={tsc_khz} " if acceleration == "tcg" else ""
     return f"console=ttyS0 reboot=t panic=-1 quiet {emulated}pandastack.processes={processes}"
 
 
