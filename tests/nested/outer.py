@@ -283,7 +283,8 @@ def _arguments() -> str:
     """A kernel that is emulated on a busy host cannot measure how fast its clock runs, so it is told."""
     found = re.search(r"^bogomips\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     clock = f" tsc_early_khz={round(float(found[1]) * 500)}" if found else ""
-    return f"console=ttyS0 reboot=t panic=-1 loglevel=4 nokaslr mitigations=off{clock}"
+    # Programs at the same addresses each time need not be translated anew each time.
+    return f"console=ttyS0 reboot=t panic=-1 loglevel=4 nokaslr norandmaps mitigations=off{clock}"
 
 
 def environment() -> dict[str, str]:

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"syscall"
 	"testing"
 )
 
@@ -45,6 +46,27 @@ func TestBootIDIsNewEachTime(t *testing.T) {
 	}
 	if len(calls) != 6 || !calls[0] || calls[1] {
 		t.Fatal(calls)
+	}
+}
+
+func TestAnOverwrittenFileIsTheSameFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "name")
+	var inode uint64
+	for _, content := range []string{"", "first name\n", "second, longer name\n", "x\n", ""} {
+		if err := overwrite(path, []byte(content)); err != nil {
+			t.Fatal(err)
+		}
+		if text, err := os.ReadFile(path); err != nil || string(text) != content {
+			t.Fatalf("%q %v", text, err)
+		}
+		var status syscall.Stat_t
+		if err := syscall.Stat(path, &status); err != nil || inode != 0 && status.Ino != inode {
+			t.Fatal(status.Ino, err)
+		}
+		inode = status.Ino
+	}
+	if overwrite(t.TempDir(), nil) == nil {
+		t.Fatal("a folder")
 	}
 }
 
