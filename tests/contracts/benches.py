@@ -94,30 +94,12 @@ class Microvms:
         return self.again(root, group)
 
     def again(self, root: Path, group: str) -> Runtime:
+        kernel = {"vmlinux": self.kernel.vmlinux, "initramfs": self.kernel.initramfs, "digest": self.kernel.digest}
+        common: dict[str, Any] = kernel | {"root": root, "group": group, "clone": space.clone, "patience": PATIENCE}
         if self.name == "firecracker-kvm":
-            return FirecrackerRuntime(
-                Binaries(firecracker=self.binary, jailer=self.binary.with_name("jailer")),
-                vmlinux=self.kernel.vmlinux,
-                initramfs=self.kernel.initramfs,
-                digest=self.kernel.digest,
-                root=root,
-                group=group,
-                clone=space.clone,
-                patience=PATIENCE,
-                # One that was built here, for glibc, has none.
-                unfiltered=True,
-            )
-        return QemuRuntime(
-            self.binary,
-            vmlinux=self.kernel.vmlinux,
-            initramfs=self.kernel.initramfs,
-            digest=self.kernel.digest,
-            root=root,
-            group=group,
-            clone=space.clone,
-            accelerator=self.accelerator,
-            patience=PATIENCE,
-        )
+            # One that was built here, for glibc, has no filters.
+            return FirecrackerRuntime(Binaries(firecracker=self.binary, jailer=self.binary.with_name("jailer")), unfiltered=True, **common)
+        return QemuRuntime(self.binary, accelerator=self.accelerator, **common)
 
 
 async def make_microvms(name: str, kernel: kernels.Kernel, guest_directory: Path, image: Image, xfs: Path) -> Microvms | str:
