@@ -205,5 +205,17 @@ class TestMemoryThatIsNotHere:
         assert isinstance(machine, QemuMachine | FirecrackerMachine)
         process = machine._process
         assert process is not None
-        opened = [str(link.readlink()) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
-        assert str(away.file) not in opened
+
+        def opened() -> set[str]:
+            found = set()
+            for link in Path(f"/proc/{process.pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    found.add(str(link.readlink()))
+            return found
+
+        # QEMU closes what it was given when it sees that nobody speaks with it any more.
+        for _ in range(200):
+            if str(away.file) not in opened():
+                break
+            await asyncio.sleep(0.05 * PATIENCE)
+        assert str(away.file) not in opened()

@@ -209,7 +209,7 @@ def test_a_killed_server_of_memory_fails_its_sandboxes_and_is_replaced(host: Ser
     later, paused = client.sandboxes.create(from_snapshot=name), client.sandboxes.create(from_snapshot=name)
     paused.pause()
     os.kill(lazy(host).pid, signal.SIGKILL)
-    until(lambda: later.refresh().status == "failed" and paused.refresh().status == "failed", "they are failed", 15)
+    until(lambda: later.refresh().status == "failed" and paused.refresh().status == "failed", "they are failed", 30)
     assert (later.status_reason, paused.status_reason) == ("memory_server", "memory_server")
     with pytest.raises(errors.SandboxNotRunning, match="the process of its host that fetches it ended"):
         said(later, "true")

@@ -117,12 +117,17 @@ class Registry:
             await self.fail(sandbox, reason)
 
     async def fail_those_that_lost_memory(self) -> None:
-        """End every sandbox of which a part of the memory could not be fetched; some of them would go on with wrong answers."""
-        for sandbox in self.list():
-            if sandbox.machine is None or sandbox.status not in ("running", "paused"):
-                continue
-            if (reason := await self._memory_lost(sandbox.machine)) is not None:
+        """End every sandbox of which a part of the memory could not be fetched; some of them would go on with wrong answers.
+
+        Side by side: to end one may take a while, and no other shall run on meanwhile.
+        """
+
+        async def look(sandbox: Sandbox, machine: Machine) -> None:
+            if (reason := await self._memory_lost(machine)) is not None:
                 await self.fail(sandbox, reason)
+
+        alive = [(one, one.machine) for one in self.list() if one.machine is not None and one.status in ("running", "paused")]
+        await asyncio.gather(*(look(sandbox, machine) for sandbox, machine in alive))
 
     async def _memory_lost(self, machine: Machine) -> str | None:
         """As the reason of a failure; None where all of its memory is there, or can be had."""
