@@ -120,18 +120,26 @@ async def until(condition: object, timeout_s: float = 10) -> None:
 def below(pid: int) -> dict[int, str]:
     """The states of all threads of a process's descendants, seen from outside."""
     parents, states = {}, {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    # Not by a pattern: that stops, and says nothing, at the first folder that it may not look into.
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(process.name)] = int(_stat(process)[1])
     for found in parents:
         above = found
         while above in parents and above != pid:
             above = parents[above]
         if above == pid and found != pid:
-            for thread in Path(f"/proc/{found}/task").glob("*/stat"):
-                with contextlib.suppress(OSError):
-                    states[int(thread.parent.name)] = thread.read_text().rpartition(")")[2].split()[0]
+            with contextlib.suppress(OSError):
+                for thread in Path(f"/proc/{found}/task").iterdir():
+                    with contextlib.suppress(OSError):
+                        states[int(thread.name)] = _stat(thread)[0]
     return states
+
+
+def _stat(task: Path) -> list[str]:
+    """From the state on."""
+    return (task / "stat").read_text().rpartition(")")[2].split()
 
 
 class Follower:
