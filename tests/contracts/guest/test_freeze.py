@@ -31,10 +31,13 @@ class TestFreeze:
         assert sealed.live == 1
         assert sealed.frozen in (1, 2)  # The shell, and a `sleep` unless one had just ended.
         await asyncio.sleep(0.1)
+        # Where others come and go all the time, one look at /proc may miss some.
+        await until(lambda: below(daemon.pid))
         states, size = below(daemon.pid), len(counting.seen)
         assert set(states.values()) <= {"T", "Z"}
         await asyncio.sleep(0.3)
-        assert (below(daemon.pid), len(counting.seen)) == (states, size)
+        await until(lambda: below(daemon.pid) == states)
+        assert len(counting.seen) == size
         health = await guest.health()
         assert (health.sealed, health.frozen, health.live) == (True, True, 1)
         assert await guest.seal(freeze=True) == sealed
@@ -71,7 +74,7 @@ class TestFreeze:
         await until(lambda: list(below(daemon.pid).values()) == ["T"])
         await guest.start(ProcessSpec(argv=["sleep", "60"], id="free"))
         assert (await guest.seal(freeze=True)).frozen == 1
-        assert set(below(daemon.pid).values()) == {"T"}
+        await until(lambda: set(below(daemon.pid).values()) == {"T"})
         assert await guest.unseal() == 1
         await until(lambda: sorted(below(daemon.pid).values()) == ["S", "T"])
         await guest.signal("stopped", signal.SIGCONT)
@@ -118,7 +121,7 @@ class TestFreeze:
             states = below(daemon.pid)
             assert set(states.values()) <= {"T", "Z"}
             await asyncio.sleep(0.1)
-            assert below(daemon.pid) == states
+            await until(lambda before=states: below(daemon.pid) == before)
             assert await guest.unseal() >= 1
             await asyncio.sleep(0.05)
         if guest.connection.greeting.pid != 1:

@@ -111,7 +111,7 @@ class TestWarm:
         path = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
         for _ in range(3):
             assert (await warm.seal(freeze=True)).frozen == 2
-            assert set(below(daemon.pid).values()) == {"T"}
+            await until(lambda: set(below(daemon.pid).values()) == {"T"})
             waiting = asyncio.create_task(run(warm, python="print(1)", env=path))
             await asyncio.sleep(0.1)
             assert not waiting.done()
