@@ -31,13 +31,13 @@ class TestFreeze:
         assert sealed.live == 1
         assert sealed.frozen in (1, 2)  # The shell, and a `sleep` unless one had just ended.
         await asyncio.sleep(0.1)
-        # Where others come and go all the time, one look at /proc may miss some.
-        await until(lambda: below(daemon.pid))
-        states, size = below(daemon.pid), len(counting.seen)
-        assert set(states.values()) <= {"T", "Z"}
+        size = len(counting.seen)
         await asyncio.sleep(0.3)
-        await until(lambda: below(daemon.pid) == states)
         assert len(counting.seen) == size
+        # Where others come and go all the time, one look at /proc may miss some.
+        looks = [below(daemon.pid) for _ in range(5)]
+        assert any(looks)
+        assert {state for look in looks for state in look.values()} <= {"T", "Z"}
         health = await guest.health()
         assert (health.sealed, health.frozen, health.live) == (True, True, 1)
         assert await guest.seal(freeze=True) == sealed
@@ -118,10 +118,9 @@ class TestFreeze:
         await asyncio.sleep(0.3)
         for _ in range(5):
             assert (await guest.seal(freeze=True)).frozen >= 1
-            states = below(daemon.pid)
-            assert set(states.values()) <= {"T", "Z"}
-            await asyncio.sleep(0.1)
-            await until(lambda before=states: below(daemon.pid) == before)
+            for _ in range(3):
+                assert set(below(daemon.pid).values()) <= {"T", "Z"}
+                await asyncio.sleep(0.05)
             assert await guest.unseal() >= 1
             await asyncio.sleep(0.05)
         if guest.connection.greeting.pid != 1:
