@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -29,6 +30,14 @@ def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return target
     installed = pytest.importorskip("pandastack_guest", reason="no guest binary: no Go toolchain and no pandastack-guest wheel")
     return Path(installed.path())
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One at a time, also where tests run side by side: a daemon that is no PID 1 finds its trees among all processes, by their names."""
+    with (tmp_path_factory.getbasetemp().parent / "guest.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(params=["process", "pid1"])
