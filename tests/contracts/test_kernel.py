@@ -24,7 +24,9 @@ from pandastack.errors import GuestError, HostUnfit
 from pandastack.host import app, identity, kernels
 from pandastack.host.guest import Guest, ProcessSpec
 from pandastack.host.kernels import Kernel
+from pandastack.host.runtimes import microvms
 from pandastack.host.runtimes.base import Channel
+from pandastack.host.runtimes.qemu import command
 from pandastack.host.storage.images import Images
 from pandastack.host.storage.roots import Roots
 from pandastack.wire import guest as wire
@@ -79,10 +81,7 @@ class Machine:
 
 
 def _command(kernel: Kernel, disk: Path | None, listener: int, console: Path) -> list[str]:
-    match = re.search(r"cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text())
-    assert match is not None
-    # Without the last one the kernel may wait for ever for a clock that is fast enough.
-    arguments = f"console=ttyS0 reboot=t panic=-1 quiet pandastack.processes=500 tsc_early_khz={round(float(match[1]) * 1000)}"
+    arguments = command.kernel_arguments("tcg", microvms.tsc_khz(), processes=500)
     drive = [
         "-blockdev", f"driver=raw,node-name=d0,discard=unmap,file.driver=file,file.filename={disk},file.locking=off",
         "-device", "virtio-blk-device,drive=d0",

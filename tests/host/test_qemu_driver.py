@@ -146,12 +146,12 @@ class TestClock:
     def test_the_rate_is_the_kernels(self, tmp_path: Path) -> None:
         info = tmp_path / "cpuinfo"
         info.write_text("processor\t: 0\ncpu MHz\t\t: 800.000\nbogomips\t: 4599.99\n\nprocessor\t: 1\nbogomips\t: 1.00\n")
-        assert driver._tsc_khz(info) == 2_299_995
+        assert microvms.tsc_khz(info) == 2_299_995
         info.write_text("cpu MHz\t\t: 2299.998\n")
-        assert driver._tsc_khz(info) == 2_299_998
+        assert microvms.tsc_khz(info) == 2_299_998
         info.write_text("nothing")
         with pytest.raises(HostUnfit):
-            driver._tsc_khz(info)
+            microvms.tsc_khz(info)
 
 
 class TestProcess:

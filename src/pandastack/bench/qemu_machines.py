@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
-import re
 import secrets
 import socket
 import subprocess
@@ -23,7 +21,7 @@ from pandastack.bench.guest_session import GuestSession
 from pandastack.errors import HostUnfit
 from pandastack.host.runtimes import cgroups
 from pandastack.host.runtimes.base import Limits
-from pandastack.host.runtimes.microvms import Size
+from pandastack.host.runtimes.microvms import Size, tsc_khz
 from pandastack.host.runtimes.qemu import command
 
 _GROUP = "pandastack-bench"
@@ -86,7 +84,7 @@ def command_line(kit: Kit, limits: Limits, folder: Path, *, memory: Memory | Non
     ]
     if incoming is not None:
         return [*words, "-incoming", incoming]
-    arguments = command.kernel_arguments(kit.acceleration, _tsc_khz(), limits.processes)
+    arguments = command.kernel_arguments(kit.acceleration, tsc_khz(), limits.processes)
     return [*words, "-kernel", str(kit.vmlinux), "-initrd", str(kit.initramfs), "-append", arguments]
 
 
@@ -258,9 +256,3 @@ def remove(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
-
-
-def _tsc_khz(cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
-    """As Linux has it: BogoMIPS are two for each MHz."""
-    found = re.search(r"^bogomips\s*:\s*([\d.]+)", cpuinfo.read_text(), re.MULTILINE)
-    return math.floor(float(found[1]) * 500) if found else 1_000_000

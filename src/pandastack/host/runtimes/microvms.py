@@ -9,13 +9,14 @@ import json
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pandastack.errors import DiskFull, RuntimeFailed
+from pandastack.errors import DiskFull, HostUnfit, RuntimeFailed
 from pandastack.host.runtimes.base import Limits, Usage
 from pandastack.host.runtimes.cgroups import MachineCgroup
 from pandastack.host.runtimes.launch import Process
@@ -175,6 +176,16 @@ def cpu() -> str:
     wanted = ("vendor_id", "cpu family", "model\t", "stepping", "flags")
     lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
     return "\n".join([line for line in lines if line.startswith(wanted)] + [platform.release()])
+
+
+def tsc_khz(cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
+    """How fast this host's time stamp counter runs: Linux takes its BogoMIPS from it, two of them for each MHz. Raises HostUnfit."""
+    text = cpuinfo.read_text()
+    for pattern, factor in ((r"^bogomips\s*:\s*([\d.]+)", 500.0), (r"^cpu MHz\s*:\s*([\d.]+)", 1000.0)):
+        found = re.search(pattern, text, re.MULTILINE)
+        if found:
+            return round(float(found[1]) * factor)
+    raise HostUnfit("this host does not say how fast its clock runs", hint="use gVisor")
 
 
 def boot_id() -> str:

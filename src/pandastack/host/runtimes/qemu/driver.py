@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hashlib
 import os
-import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -168,7 +167,7 @@ class QemuRuntime(HypervisorRuntime[QemuMachine]):
     def _judge(self) -> Verdict:
         """The verdict of an earlier probe if nothing changed, else a new one."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._tsc_khz = _tsc_khz()
+        self._tsc_khz = microvms.tsc_khz()
         identity = [microvms.boot_id(), self.version, str(self._binary.stat().st_mtime_ns), self._digest, self._accelerator]
         identity += [command.template("kvm"), command.template("tcg")]
         with contextlib.suppress(TypeError):
@@ -246,13 +245,3 @@ class QemuRuntime(HypervisorRuntime[QemuMachine]):
     def remove_files(self, machine: str) -> None:
         for suffix in ("c", "q"):
             (self.root / f"{machine}.{suffix}").unlink(missing_ok=True)
-
-
-def _tsc_khz(cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
-    """How fast this host's time stamp counter runs: Linux takes its BogoMIPS from it, two of them for each MHz."""
-    text = cpuinfo.read_text()
-    for pattern, factor in ((r"^bogomips\s*:\s*([\d.]+)", 500.0), (r"^cpu MHz\s*:\s*([\d.]+)", 1000.0)):
-        found = re.search(pattern, text, re.MULTILINE)
-        if found:
-            return round(float(found[1]) * factor)
-    raise HostUnfit("this host does not say how fast its clock runs", hint="use gVisor")
