@@ -458,12 +458,16 @@ async def test_two_sessions_follow_each_other(bench: Bench) -> None:
             assert await say(again, "echo hi") == ("hi\n", 0)
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["awake", "frozen"])
-async def test_a_running_machine_is_adopted_after_a_restart(bench: Bench, frozen: bool) -> None:
+@pytest.mark.parametrize("state", ["awake", "frozen", "frozen while it spoke"])
+async def test_a_running_machine_is_adopted_after_a_restart(bench: Bench, state: str) -> None:
     async with bench.started() as (machine, guest):
         await guest.start(ProcessSpec(shell="sleep 0.5; echo done; sleep 100", id="p"))
-        if frozen:
-            await guest.close()
+        if state == "frozen while it spoke":
+            stream = await guest.run(ProcessSpec(shell="while :; do echo more; sleep 0.001; done", id="speaks"))
+            await anext(stream)
+            await machine.freeze()
+        await guest.close()
+        if state == "frozen":
             await machine.freeze()
     forget(bench, machine)
     runtime = reborn(bench)
@@ -471,6 +475,8 @@ async def test_a_running_machine_is_adopted_after_a_restart(bench: Bench, frozen
     adopted = await runtime.adopt(machine.spec)
     assert adopted is not None
     bench.made.append(adopted)
+    if state == "frozen while it spoke":
+        await asyncio.sleep(0.3)  # To nobody, for a moment.
     async with bench.guest_of(adopted) as guest:
         async with asyncio.timeout(60 * PATIENCE), await guest.attach("p") as stream:
             assert (await anext(stream)).data == b"done\n"

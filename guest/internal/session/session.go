@@ -109,7 +109,7 @@ func (server *Server) sessionsOf(source io.Reader, reader *frames.Reader, out *w
 		switch {
 		case errors.Is(err, frames.ErrNewSession):
 			scan = false
-		case errors.Is(err, frames.ErrViolation) && carrier.Lasting:
+		case carrier.Lasting && (errors.Is(err, frames.ErrViolation) || errors.Is(err, ErrAborted)):
 			scan = true
 		default:
 			return err
@@ -191,7 +191,7 @@ func (session *Session) read(reader *frames.Reader) error {
 		if ended, displaced := session.over(); displaced {
 			return frames.ErrViolation // A latecomer; the next session may follow.
 		} else if ended {
-			return io.ErrClosedPipe
+			return ErrAborted // It could not be written to, so it has left; who came since is heard next.
 		}
 		if frame.Kind == frames.Call {
 			session.partial = append(session.partial, frame.Payload...)

@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -108,6 +109,48 @@ func TestAPortServesOneHostAfterTheOther(t *testing.T) {
 		}
 		if len(server.sessions) != 0 {
 			t.Fatal(name, "a session is left")
+		}
+	}
+}
+
+// lossy is a port of which one write finds nobody at the other end.
+type lossy struct {
+	port
+	writes, lost int
+}
+
+func (l *lossy) Read(into []byte) (int, error) {
+	if len(l.hosts[0]) == 0 && len(l.hosts) > 1 {
+		<-l.called
+		l.hosts = l.hosts[1:]
+	}
+	return l.port.Read(into)
+}
+
+func (l *lossy) Write(from []byte) (int, error) {
+	if l.writes++; l.writes == l.lost {
+		return 0, syscall.EPIPE
+	}
+	return l.port.Write(from)
+}
+
+func TestAHostThatLeavesBeforeItsAnswerIsNoTroubleForTheNext(t *testing.T) {
+	next := append(opening(8), call(8)...)
+	late := frames.Encode(frames.Frame{Kind: frames.Call, Flags: frames.FlagLast, Stream: 2, Payload: []byte(`{"method":"echo"}`)}, 7)
+	for name, test := range map[string]struct {
+		hosts [][]byte
+		lost  int
+	}{
+		"greeting": {[][]byte{append(opening(7), next...)}, 1},
+		"answer":   {[][]byte{append(opening(7), call(7)...), append(late, next...)}, 2},
+	} {
+		called := make(chan uint32, 4)
+		carrier := &lossy{port: port{hosts: test.hosts, called: called, wait: 1}, lost: test.lost}
+		if err := newServer(called).Serve(carrier, carrier, Carrier{Trusted: true, Lasting: true}, func() {}); err != io.EOF {
+			t.Fatal(name, err)
+		}
+		if found := answers(t, carrier.sent.Bytes(), 8); len(found) != 2 || found[0] != frames.HelloOK || found[1] != frames.Reply {
+			t.Fatal(name, found)
 		}
 	}
 }

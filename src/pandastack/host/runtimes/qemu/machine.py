@@ -103,6 +103,7 @@ class QemuMachine(HypervisorMachine):
             if qmp.call("query-status").get("status") == "paused":
                 # That, or it was being saved.
                 qmp.call("cont")
+                self._knock()
         self._address = int(record["address"])
         if record["restored"]:
             self._rest_on(_mapped(process.pid, self._address, self.size.memory_bytes))
@@ -276,8 +277,15 @@ class QemuMachine(HypervisorMachine):
             if self._frozen:
                 process.halt()
 
-    def _connect(self) -> Channel:
-        self._alive()
+    def _knock(self) -> None:
+        """Come to the guest's port and go again.
+
+        While a guest stands still QEMU does not tell its port that the host went away. What the guest says before the next one
+        comes then stops the port, until somebody leaves it again.
+        """
+        self._dial().close()
+
+    def _dial(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(_CONNECT_TIMEOUT_S)
@@ -286,6 +294,11 @@ class QemuMachine(HypervisorMachine):
         except OSError as error:
             connection.close()
             raise RuntimeFailed("the machine has no channel any more", detail=str(error)) from error
+        return connection
+
+    def _connect(self) -> Channel:
+        self._alive()
+        connection = self._dial()
         fresh, self._connected = not self._connected, True
         fd = connection.detach()
         return Channel(read_fd=fd, write_fd=fd, fresh=fresh)
