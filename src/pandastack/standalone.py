@@ -1,4 +1,4 @@
-"""`pandastack up`: control and host in one process on one machine. The only module that knows both rooms.
+"""`pandastack up` and `down`: control and host in one process on one machine. The only module that knows both rooms.
 
 It checks before it changes anything, opens the host, then the API, prints one line when it is ready, and leaves the
 sandboxes running when it stops: the next start finds them again.
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -26,7 +27,7 @@ from pandastack.control import access, logs
 from pandastack.control import app as control_app
 from pandastack.control import server as control_server
 from pandastack.control.settings import ControlSettings
-from pandastack.errors import AuthError, HostUnfit, PandastackError
+from pandastack.errors import AuthError, Conflict, HostUnfit, PandastackError
 from pandastack.host import app as host_app
 from pandastack.host import doctor, lock
 from pandastack.host.settings import HostSettings, read
@@ -36,12 +37,16 @@ from pandastack.host.storage.pool import MIN_GIB, Pool, default_size
 log = structlog.get_logger(__name__)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 stopped as asked, 1 could not start (one sentence on stderr), 2 wrong usage."""
-    arguments = _parse(argv)
+STOPS_WITHIN_S = 300.0  # Persistent sandboxes are saved first, for which control has a budget of its own.
+
+
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 stopped as asked, 1 could not start or be stopped (one sentence on stderr), 2 wrong usage."""
     try:
-        settings = _settings(arguments)
-        return _run(settings, arguments)
+        if argv[:1] == ["down"]:
+            return _down(argv[1:])
+        arguments = _parse(argv[1:] if argv[:1] == ["up"] else argv)
+        return _run(_settings(arguments), arguments)
     except PandastackError as error:
         sys.stderr.write(f"pandastack: {error.message}\n")
         if error.hint:
@@ -49,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="pandastack up", description="Run control plane and host on this machine.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
     parser.add_argument("--port", type=int, default=8080, help="0 takes a free one")
@@ -80,6 +85,46 @@ def _run(settings: HostSettings, arguments: argparse.Namespace) -> int:
         import uvloop
 
         return uvloop.run(_serve(settings, arguments, listener))
+
+
+def _down(argv: list[str]) -> int:
+    """Stop the server as SIGTERM does, and wait for its end. Raises HostUnfit, Conflict."""
+    parser = argparse.ArgumentParser(prog="pandastack down", description="Stop the server on this machine.")
+    parser.add_argument("--data-dir", type=Path)
+    arguments = parser.parse_args(argv)
+    data_dir = arguments.data_dir or _last_data_dir() or read().data_dir
+    pid = lock.holder(data_dir)
+    if pid is None:
+        sys.stdout.write(f"no pandastack runs on {data_dir}\n")
+        return 0
+    try:
+        process = os.pidfd_open(pid)
+        try:
+            if lock.holder(data_dir) == pid:  # Else the number may be another's by now.
+                signal.pidfd_send_signal(process, signal.SIGTERM)
+            ended, _, _ = select.select([process], [], [], STOPS_WITHIN_S)
+        finally:
+            os.close(process)
+    except ProcessLookupError:
+        ended = [pid]
+    except PermissionError as error:
+        raise HostUnfit(f"the server on {data_dir} is another user's", hint="run it with sudo") from error
+    if not ended:
+        raise Conflict(
+            f"the server on {data_dir} is still stopping after {STOPS_WITHIN_S:.0f} s", hint=f"look at its log, or kill process {pid}"
+        )
+    sys.stdout.write(
+        f"pandastack on {data_dir} has stopped; persistent sandboxes are saved, others run on until the next `pandastack up`\n"
+    )
+    return 0
+
+
+def _last_data_dir() -> Path | None:
+    """That of the server which was started last, by this user."""
+    try:
+        return Path(json.loads((_config_dir() / "local.json").read_text())["data_dir"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _choose_storage(settings: HostSettings, wanted: bool | None) -> None:
@@ -212,4 +257,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[2:] if sys.argv[1:2] == ["up"] else None))
+    sys.exit(main(sys.argv[1:]))

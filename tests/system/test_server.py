@@ -50,6 +50,24 @@ def test_a_full_machine_says_so_and_makes_nothing(own_server: MakeServer) -> Non
     assert server.client().sandboxes.create("base").status == "running"
 
 
+def test_down_stops_it_and_the_next_start_has_all_again(own_server: MakeServer) -> None:
+    server = own_server()
+    kept = server.client().sandboxes.create("base", persistent=True)
+    kept.filesystem.write("/root/file", "kept")
+    said = [down(server), down(server)]
+    assert said[0].startswith(f"pandastack on {server.data} has stopped")
+    assert said[1] == f"no pandastack runs on {server.data}\n"
+    assert server.process is not None
+    assert server.process.wait(10) == 0
+    server.start()
+    assert server.client().sandboxes.get(kept.id).exec("cat /root/file").stdout == "kept"
+
+
+def down(server: Server) -> str:
+    command = [sys.executable, "-m", "pandastack.cli", "down", "--data-dir", str(server.data)]
+    return subprocess.run(command, env=server.environ, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
 def test_two_servers_cannot_share_a_data_directory(own_server: MakeServer) -> None:
     server = own_server()
     other = own_server(start=False)

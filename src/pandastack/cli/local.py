@@ -1,4 +1,4 @@
-"""Commands about this machine: `up`, `setup`, `doctor`, `bench`. They start other programs of the distribution, and import none."""
+"""Commands about this machine: `up`, `down`, `setup`, `doctor`, `bench`. They start other programs of the distribution, and import none."""
 
 from __future__ import annotations
 
@@ -75,13 +75,19 @@ def _detach(arguments: list[str]) -> None:
     while child.poll() is None and time.monotonic() < end:
         if b"\n" in (line := ready.read_bytes()):
             print(console.clean(line.decode("utf-8", "replace").rstrip("\n")))
-            console.say(f"process {child.pid}, log {log}")
+            console.say(f"process {child.pid}, log {log}; stop it with `pandastack down`")
             return
         time.sleep(0.05)
     if child.poll() is None:
         console.fail(f"the server was not ready within {READY_WITHIN_S:.0f} s and goes on starting (process {child.pid})", f"look at {log}")
     words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     console.fail("the server did not start" + (f": {words[-1]}" if words else ""), f"look at {log}")
+
+
+def down(data_dir: Annotated[Path | None, typer.Option(help="Which server (default: the one started last).")] = None) -> None:
+    """Stop PandaStack on this machine. Persistent sandboxes are saved, others run on; the next `up` has them all again."""
+    require_server("pandastack.standalone")
+    replace_with("pandastack.standalone", ["down", *([] if data_dir is None else ["--data-dir", str(data_dir)])])
 
 
 def setup() -> None:

@@ -26,6 +26,7 @@ from pandastack.cli import (
 app = console.group("Run code in isolated sandboxes on your own machines.")
 
 app.command()(local.up)
+app.command()(local.down)
 app.command()(local.setup)
 app.command()(local.doctor)
 app.command()(commands.run)
