@@ -315,7 +315,8 @@ class World:
         folders = {path.name: path for path in (*own, self.root / "ledger", self.root / "captures")}
         found = {name: sorted(path.name for path in folder.iterdir()) if folder.exists() else [] for name, folder in folders.items()}
         machines = {"runtime": sorted(name for runtime in self.runtimes for name in runtime.machines)}
-        return {kind: names for kind, names in (machines | found).items() if names}
+        copied = {"copied": sorted(folder.name for runtime in self.runtimes for folder in runtime.copied)}
+        return {kind: names for kind, names in (machines | copied | found).items() if names}
 
     def clear(self) -> None:
         for runtime in self.runtimes:
@@ -327,6 +328,7 @@ class Life:
     """One life of a host, on an event loop of its own that `kill` stops for good: nothing is undone, as after SIGKILL."""
 
     def __init__(self, world: World) -> None:
+        self._world = world
         self.loop = asyncio.new_event_loop()
         self.host, self.tasks = self.run(world.start())
 
@@ -346,6 +348,8 @@ class Life:
             if isinstance(one, GuestConnection) and one._loop is self.loop and not one.closed:
                 for fd in {one._read_fd, one._write_fd}:
                     os.close(fd)  # The kernel would.
+        for runtime in self._world.runtimes:
+            runtime.copied.clear()  # It was this process's memory.
         self.loop.close()
 
     def close(self) -> None:

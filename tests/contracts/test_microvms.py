@@ -155,16 +155,18 @@ class TestMicrovm:
                 fields = _mapping((await machine.usage()).pid, self._ram(machine))
                 assert fields["Shared_Clean"] + fields["Shared_Dirty"] > 8 << 10, "the pages are the same ones"
 
-    async def test_forks_of_forks_need_no_earlier_state(self, bench: Bench) -> None:
+    @pytest.mark.parametrize("copies", [None, 1], ids=["kept", "for one"])
+    async def test_forks_of_forks_need_no_earlier_state(self, bench: Bench, copies: int | None) -> None:
         """Three generations, the second of them adopted after a restart; each state is removed before the next one is made."""
         first, second = made_folder(bench.root / "first"), made_folder(bench.root / "second")
         write = "head -c 20000000 /dev/urandom >/dev/shm/{0}; cp /dev/shm/{0} /root/{0}; sha256sum </dev/shm/{0}"
         async with bench.started() as (machine, guest):
             a, _ = await say(guest, write.format("a"))
-            await machine.snapshot(first, resume=True)
+            await machine.snapshot(first, resume=True, copies=copies)
             assert await say(guest, "rm /dev/shm/a /root/a; echo gone") == ("gone\n", 0)
         child = await bench.prepared()
         await child.restore(first)
+        bench.runtime.forget(first)
         shutil.rmtree(first)
         async with bench.guest_of(child) as guest:
             b, _ = await say(guest, write.format("b"))
@@ -174,17 +176,42 @@ class TestMicrovm:
         adopted = await bench.runtime.adopt(child.spec)
         assert adopted is not None
         bench.made.append(adopted)
-        await adopted.snapshot(second, resume=True)
+        await adopted.snapshot(second, resume=True, copies=copies)
         async with bench.guest_of(adopted) as guest:
             await say(guest, "rm /dev/shm/* /root/?")
         grandchild = await bench.prepared()
         await grandchild.restore(second)
         await adopted.stop()
+        bench.runtime.forget(second)
         shutil.rmtree(second)
         async with bench.guest_of(grandchild) as guest:
             await say(guest, "echo 3 >/proc/sys/vm/drop_caches")
             for name, digest in (("a", a), ("b", b)):
                 assert await say(guest, f"sha256sum </dev/shm/{name}; sha256sum </root/{name}") == (digest * 2, 0)
+
+    async def test_pages_that_became_zeros_are_zeros_in_a_copy(self, bench: Bench) -> None:
+        """Where the file below has other content, and where it has a hole."""
+        kept, copied = made_folder(bench.root / "kept"), made_folder(bench.root / "copied")
+        async with bench.started() as (machine, guest):
+            await say(guest, "head -c 20000000 /dev/urandom >/dev/shm/x")
+            await machine.snapshot(kept, resume=False)
+        child = await bench.prepared()
+        await child.restore(kept)
+        async with bench.guest_of(child) as guest:
+            await say(guest, "dd if=/dev/zero of=/dev/shm/x bs=1M count=8 conv=notrunc; head -c 8M /dev/zero >/dev/shm/y")
+            digests, _ = await say(guest, "sha256sum /dev/shm/?")
+            await child.snapshot(copied, resume=True, copies=1)
+        facts = json.loads((copied / "machine.json").read_text())
+        if isinstance(child, QemuMachine):
+            assert (facts["written_bytes"], (copied / "mem").exists()) == (0, False)
+        copy = await bench.prepared()
+        await copy.restore(copied)
+        bench.runtime.forget(copied)
+        async with bench.guest_of(copy) as guest:
+            assert await say(guest, "sha256sum /dev/shm/?") == (digests, 0)
+        if isinstance(child, QemuMachine):
+            with pytest.raises(RuntimeFailed):
+                await (await bench.prepared()).restore(copied)
 
     async def test_a_state_says_how_long_its_machine_stood_still(self, bench: Bench) -> None:
         into = made_folder(bench.root / "saved")

@@ -206,7 +206,8 @@ async def test_a_machine_can_be_frozen_by_who_wanted_it_still(bench: Bench) -> N
         await answer
 
 
-async def test_a_frozen_machine_is_saved_on_the_way_and_its_copies_are_others(bench: Bench) -> None:
+@pytest.mark.parametrize("copies", [None, 2, 3], ids=["kept", "for two", "for three"])
+async def test_a_frozen_machine_is_saved_on_the_way_and_its_copies_are_others(bench: Bench, copies: int | None) -> None:
     """A live fork: the parent loses nothing, a copy does nothing before it is itself, and nothing asked of the parent."""
     into = bench.root / "saved"
     into.mkdir()
@@ -222,7 +223,7 @@ async def test_a_frozen_machine_is_saved_on_the_way_and_its_copies_are_others(be
         assert sealed.frozen >= 2
         asked = asyncio.create_task(guest.write_file("/root/asked", b"of the parent"))
         assert (await guest.health()).frozen
-        await machine.snapshot(into, resume=True)
+        await machine.snapshot(into, resume=True, copies=copies)
         assert not asked.done()
         assert await guest.unseal() == sealed.frozen
         assert await asked == 13
@@ -231,9 +232,12 @@ async def test_a_frozen_machine_is_saved_on_the_way_and_its_copies_are_others(be
         await asyncio.sleep(0.5)
         lines = (await say(guest, "cat /root/count"))[0].split()
         assert lines == ([str(n) for n in range(1, len(lines) + 1)] if bench.real else ["late"])
-    copies = [await bench.prepared(), await bench.prepared()]
-    for number, copy in enumerate(copies):
+    made = [await bench.prepared(), await bench.prepared()]
+    for number, copy in enumerate(made):
         await copy.restore(into)
+        if number == 1:
+            for _ in range(2):
+                bench.runtime.forget(into)
         async with bench.guest_of(copy) as guest:
             health = await guest.health()
             assert (health.sealed, health.frozen, health.live) == (True, True, 2)

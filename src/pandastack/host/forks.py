@@ -70,7 +70,7 @@ class Forks:
             # Machines are prepared while the parent is captured; on a machine with two cores neither hurts the other much.
             preparing = [asyncio.create_task(self._prepare(machines, shape), name=f"prepare {entry.request.id}") for entry in entries]
             undo.push_async_callback(self._discard, machines, preparing)
-            async with self._captured(parent) if snapshot is None else self._kept(parent, snapshot) as folder:
+            async with self._captured(parent, backend, len(children)) if snapshot is None else self._kept(parent, snapshot) as folder:
                 children_made = [self._child(machines, task, folder, entry, undo) for task, entry in zip(preparing, entries, strict=True)]
                 made = await _every(children_made)
             for sandbox in made:
@@ -94,7 +94,7 @@ class Forks:
                 await machines.discard(outcome)
 
     @contextlib.asynccontextmanager
-    async def _captured(self, parent: Sandbox) -> AsyncIterator[Path]:
+    async def _captured(self, parent: Sandbox, backend: Backend, copies: int) -> AsyncIterator[Path]:
         """A folder with the parent's state, for as long as the block lasts. The parent goes on before the block begins."""
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(parent.lock)
@@ -107,7 +107,8 @@ class Forks:
             await asyncio.to_thread(folder.mkdir, 0o700)
             async with contextlib.AsyncExitStack() as left:
                 left.callback(self._clear, parent.id, folder)
-                await self._states.capture(parent, folder, "fork")
+                left.callback(backend.runtime.forget, folder)
+                await self._states.capture(parent, folder, "fork", copies=copies)
                 await stack.aclose()
                 yield folder
 

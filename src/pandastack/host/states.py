@@ -169,10 +169,13 @@ class States:
         async with self._still(sandbox, machine, guest, reason):
             yield machine
 
-    async def capture(self, sandbox: Sandbox, folder: Path, reason: str) -> None:
-        """Save it as it is at one instant, and have it go on as soon as the runtime can; otherwise as `still`."""
+    async def capture(self, sandbox: Sandbox, folder: Path, reason: str, *, copies: int | None = None) -> None:
+        """Save it as it is at one instant, and have it go on as soon as the runtime can; otherwise as `still`.
+
+        `copies` as of `Machine.snapshot`.
+        """
         machine, guest = await self._ready_to_save(sandbox)
-        await machine.snapshot(folder, resume=True, still=self._still(sandbox, machine, guest, reason))
+        await machine.snapshot(folder, resume=True, still=self._still(sandbox, machine, guest, reason), copies=copies)
 
     async def _ready_to_save(self, sandbox: Sandbox) -> tuple[Machine, Guest]:
         machine, guest = await self.registry.reach(sandbox)

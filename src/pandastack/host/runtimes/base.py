@@ -155,11 +155,14 @@ class Machine(Protocol):
         """A channel to the guest daemon of a running machine, also after a restart of this process. One at a time."""
         ...
 
-    async def snapshot(self, into: Path, *, resume: bool, still: AbstractAsyncContextManager[Any] | None = None) -> None:
+    async def snapshot(
+        self, into: Path, *, resume: bool, still: AbstractAsyncContextManager[Any] | None = None, copies: int | None = None
+    ) -> None:
         """Save memory, processes and disk of one instant into the empty directory `into`; then go on, or stay stopped.
 
         That instant is in `still`, which is entered and left once: what can be done ahead of it and afterwards is done outside.
-        Whoever leaves it may freeze the machine then.
+        Whoever leaves it may freeze the machine then. With `copies` it is no state to keep: at most so many machines are restored
+        from it, by this process, until `Runtime.forget`; a part of it may be in memory only.
         """
         ...
 
@@ -216,6 +219,10 @@ class Runtime(Protocol):
 
     async def prepare(self, spec: MachineSpec) -> Machine:
         """Everything short of running. All or nothing: when it raises, nothing is left. Raises RuntimeFailed, HostUnfit."""
+        ...
+
+    def forget(self, copied: Path) -> None:
+        """Give back what is in memory of a state that was saved to be copied. Nothing restores it any more. Idempotent; does not block."""
         ...
 
     async def adopt(self, spec: MachineSpec) -> Machine | None:

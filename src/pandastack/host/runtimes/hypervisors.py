@@ -219,6 +219,9 @@ class HypervisorRuntime(ABC, Generic[M]):
             raise
         return machine
 
+    def forget(self, copied: Path) -> None:
+        """Nothing is in memory, unless the driver says so."""
+
     async def adopt(self, spec: MachineSpec) -> M | None:
         machine = self._machine(spec)
         alive = await asyncio.to_thread(machine.find_again)

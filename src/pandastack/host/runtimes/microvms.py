@@ -64,13 +64,16 @@ class Laps:
         self.ms[name], self._last = round((now - self._last) * 1000, 2), now
 
 
-def facts(snapshot: Path, wanted: Mapping[str, Any], memory_bytes: int) -> dict[str, Any]:
-    """What a saved state says of itself, if it is of a machine with these facts, and has a memory of that size. Raises RuntimeFailed."""
+def facts(snapshot: Path, wanted: Mapping[str, Any], memory_bytes: int | None) -> dict[str, Any]:
+    """What a saved state says of itself, if it is of a machine with these facts, and has a memory of that size, or None of its own.
+
+    Raises RuntimeFailed.
+    """
     try:
         found: dict[str, Any] = json.loads((snapshot / FACTS).read_text())
         differs = [name for name in wanted if found[name] != wanted[name]]
         int(found["disk_bytes"])
-        size = (snapshot / MEMORY).stat().st_size
+        size = None if memory_bytes is None else (snapshot / MEMORY).stat().st_size
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RuntimeFailed("there is no saved state of a microVM", detail=str(error)) from error
     if differs:

@@ -96,7 +96,7 @@ class FakeMachine:
                 raise ValueError(f"it is of another machine than {self._made_on()}")
             if self._runtime.capabilities.image and int(disk_mib) > self.spec.limits.disk_mib:
                 raise ValueError("its disk is larger")
-            self._boot((snapshot / _SAVED).read_text())
+            self._boot(self._runtime.copied.get(snapshot) or (snapshot / _SAVED).read_text())
         except (OSError, ValueError, SyntaxError) as error:
             raise RuntimeFailed("there is no such saved state", detail=str(error)) from error
         await self._step("restored")
@@ -107,13 +107,19 @@ class FakeMachine:
         fd = os.dup(self._ours.fileno())
         return Channel(read_fd=fd, write_fd=fd, fresh=fresh)
 
-    async def snapshot(self, into: Path, *, resume: bool, still: AbstractAsyncContextManager[Any] | None = None) -> None:
+    async def snapshot(
+        self, into: Path, *, resume: bool, still: AbstractAsyncContextManager[Any] | None = None, copies: int | None = None
+    ) -> None:
         async with still or contextlib.nullcontext():
             await self._step("snapshot")
             with self._runtime.lock:
                 if self.guest is None:
                     raise RuntimeFailed("the machine does not run")
-                (into / _SAVED).write_text(self.guest.save())
+                saved = self.guest.save()
+                if copies is None:
+                    (into / _SAVED).write_text(saved)
+                else:
+                    self._runtime.copied[into] = saved
                 (into / _MADE_ON).write_text(f"{self._made_on()}\n{self.spec.limits.disk_mib}\n")
         if not resume:
             self.end("exited")
@@ -234,7 +240,9 @@ def _finish(waiter: asyncio.Future[None]) -> None:
 
 
 class FakeRuntime:
-    """See `base.Runtime`. `steps` is every step so far, in order; `machines` are those that were not stopped."""
+    """See `base.Runtime`. `steps` is every step so far, in order; `machines` are those that were not stopped, `copied` what was
+    saved to be copied, by its folder.
+    """
 
     def __init__(
         self,
@@ -251,6 +259,7 @@ class FakeRuntime:
         self.outcome = Probe(works=True, version="1", key=f"{name}-1")  # Of the probe.
         self.lock = threading.RLock()
         self.machines: dict[MachineId, FakeMachine] = {}
+        self.copied: dict[Path, str] = {}
         self.steps: list[str] = []
         self._faults: dict[str, list[PandastackError]] = {}
         self._hangs: dict[str, Hang] = {}
@@ -339,6 +348,9 @@ class FakeRuntime:
             machine.remove()
             raise
         return machine
+
+    def forget(self, copied: Path) -> None:
+        self.copied.pop(copied, None)
 
     async def adopt(self, spec: MachineSpec) -> FakeMachine | None:
         await self.step("adopt")

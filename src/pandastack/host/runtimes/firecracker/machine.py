@@ -324,7 +324,9 @@ class FirecrackerMachine(HypervisorMachine):
     async def connect(self) -> Channel:
         return await self._session.connect()
 
-    async def snapshot(self, into: Path, *, resume: bool, still: AbstractAsyncContextManager[Any] | None = None) -> None:
+    async def snapshot(
+        self, into: Path, *, resume: bool, still: AbstractAsyncContextManager[Any] | None = None, copies: int | None = None
+    ) -> None:
         # To its end, also when this is cancelled: whoever cleans up must not meet a machine that is still being read.
         await finished(self._save(into, resume, still or contextlib.nullcontext()))
 

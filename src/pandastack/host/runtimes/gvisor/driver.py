@@ -217,6 +217,9 @@ class GvisorRuntime:
         (spec.state / "config.json").write_text(json.dumps(bundle))
         cgroup.create(memory_mib=spec.limits.memory_mib, cpu=spec.limits.cpu, tasks=2 * spec.limits.processes + 256)
 
+    def forget(self, copied: Path) -> None:
+        """Nothing is in memory."""
+
     async def adopt(self, spec: MachineSpec) -> GvisorMachine | None:
         machine = GvisorMachine(self, spec, self.cgroup(spec.id))
         alive = await asyncio.to_thread(machine.find_again)

@@ -152,7 +152,9 @@ class GvisorMachine:
         fresh, self._connected = not self._connected, True
         return Channel(read_fd=os.dup(stdout.fileno()), write_fd=os.dup(stdin.fileno()), fresh=fresh)
 
-    async def snapshot(self, into: Path, *, resume: bool, still: AbstractAsyncContextManager[Any] | None = None) -> None:
+    async def snapshot(
+        self, into: Path, *, resume: bool, still: AbstractAsyncContextManager[Any] | None = None, copies: int | None = None
+    ) -> None:
         # To its end, also when this is cancelled: whoever cleans up must not meet a sandbox that is still being read.
         async with still or contextlib.nullcontext():
             await to_the_end(functools.partial(self._control.checkpoint, resume=resume), into)

@@ -9,6 +9,7 @@ Source: Linux Documentation/admin-guide/mm/pagemap.rst.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import re
@@ -28,10 +29,12 @@ _OWN = bytes(bool(b & 0xC0 and not b & 0x20) for b in range(256))
 _WRITTEN = bytes(bool(b & 0x80) for b in range(256))
 _RUNS = re.compile(b"\1+")
 _PIECES = 1024  # IOV_MAX
+_MOST_BYTES = 1 << 20  # Of a piece that is written at once: 1024 of them are less than one call can move.
 _KEEP_BYTES = 256 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.process_vm_readv.restype = ctypes.c_ssize_t
+_libc.process_vm_writev.restype = ctypes.c_ssize_t
 
 
 class _Piece(ctypes.Structure):
@@ -182,6 +185,41 @@ def write(arena: Arena, runs: Sequence[Run], target: Path, *, at: int = 0) -> in
     finally:
         os.close(fd)
     return written
+
+
+def inject(arena: Arena, runs: Sequence[Run], base_fd: int, pid: int, address: int, *, at: int = 0) -> int:
+    """Lay what was copied over the memory of a process that has mapped `base_fd` at `address`. Returns how many bytes were written."""
+    zeros = memoryview(bytearray(_MOST_BYTES))
+    told = []
+    for offset, content, size in arena.pieces(runs, at=at):
+        for start in range(0, size, _MOST_BYTES):
+            part = min(size - start, _MOST_BYTES)
+            if content is not None:
+                told.append((offset + start, content[start : start + part]))
+            elif _has_data(base_fd, offset + start, part):
+                told.append((offset + start, zeros[:part]))
+    _put(pid, address, told)
+    return sum(len(view) for _, view in told)
+
+
+def _put(pid: int, address: int, pieces: Sequence[tuple[int, memoryview]]) -> None:
+    """Write pieces, by their offset in the guest's memory, into that of a process. Raises RuntimeFailed when it is gone."""
+    for start in range(0, len(pieces), _PIECES):
+        some = pieces[start : start + _PIECES]
+        local = (_Piece * len(some))(*[_Piece(ctypes.addressof(ctypes.c_char.from_buffer(view)), len(view)) for _, view in some])
+        remote = (_Piece * len(some))(*[_Piece(address + offset, len(view)) for offset, view in some])
+        wanted = sum(len(view) for _, view in some)
+        if _libc.process_vm_writev(pid, local, len(some), remote, len(some), 0) != wanted:
+            raise RuntimeFailed("the memory of the machine cannot be written", detail=os.strerror(ctypes.get_errno()))
+
+
+def _has_data(fd: int, offset: int, size: int) -> bool:
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA) < offset + size
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return False
+        raise
 
 
 def _populated(size_bytes: int) -> mmap.mmap:

@@ -26,7 +26,7 @@ from pandastack.host.runtimes.launch import Process
 from pandastack.host.runtimes.microvms import KVM
 from pandastack.host.runtimes.qemu import capture, command
 from pandastack.host.runtimes.qemu.command import Acceleration
-from pandastack.host.runtimes.qemu.machine import QemuMachine
+from pandastack.host.runtimes.qemu.machine import Kept, QemuMachine
 
 _NAME = "QEMU"
 _ASK_TIMEOUT_S = 20.0
@@ -73,6 +73,7 @@ class QemuRuntime(HypervisorRuntime[QemuMachine]):
         super().__init__(root=root, group=group, clone=clone, cache=cache, patience=patience)
         self.acceleration: str | None = None
         self.arenas = capture.Arenas()
+        self.kept: dict[Path, Kept] = {}
         # By its own name: links to it may lead through folders that the jail has not.
         self._binary = binary.resolve()
         self._jail = command.Jail.of(root, binary)
@@ -238,6 +239,10 @@ class QemuRuntime(HypervisorRuntime[QemuMachine]):
 
     def _machine(self, spec: MachineSpec) -> QemuMachine:
         return QemuMachine(self, spec, self.cgroup(spec.id))
+
+    def forget(self, copied: Path) -> None:
+        if (kept := self.kept.pop(copied, None)) is not None:
+            kept.leave.close()
 
     def _with_files(self) -> set[str]:
         return {file.stem for suffix in ("c", "q") for file in self.root.glob(f"*.{suffix}")}

@@ -64,3 +64,8 @@ class Memory:
         """Lay it over `target`, as `capture.write` does; returns how many bytes were written."""
         written = capture.write(self._arena, self._early, target)
         return written + capture.write(self._arena, self._late, target, at=self._late_at)
+
+    def inject(self, pid: int, address: int, base_fd: int) -> int:
+        """Lay it over the memory of another process, as `capture.inject` does; returns how many bytes were written."""
+        written = capture.inject(self._arena, self._early, base_fd, pid, address)
+        return written + capture.inject(self._arena, self._late, base_fd, pid, address, at=self._late_at)
