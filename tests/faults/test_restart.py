@@ -245,6 +245,7 @@ def test_a_host_killed_while_it_recovers_is_followed_by_one_that_does(world: Wor
     for step in ("adopt", "connect", "sweep"):
         hang = world.runtime.hang(step)
         half = Life.__new__(Life)
+        half._world = world
         half.loop = asyncio.new_event_loop()
         half.begin(world.start())
         half.until(hang)
