@@ -103,7 +103,7 @@ func (p *Port) Write(from []byte) (int, error) {
 		count, err := syscall.Write(p.descriptor, from[written:])
 		switch {
 		case err == syscall.EAGAIN:
-			if p.poll(pollOut)&(pollHup|pollErr) != 0 {
+			if happened := p.poll(pollOut); happened&pollErr != 0 || happened&pollHup != 0 && !p.hostComes() {
 				return written, syscall.EPIPE
 			}
 		case err == syscall.EINTR:
@@ -114,6 +114,17 @@ func (p *Port) Write(from []byte) (int, error) {
 		}
 	}
 	return written, nil
+}
+
+// hostComes says whether somebody is at the host's end, or will be in a moment: what a host sends can be here before the kernel
+// knows that it came, where another one left just before.
+func (p *Port) hostComes() bool {
+	for ends := time.Now().Add(lookAgain); p.poll(pollOut)&pollHup != 0; time.Sleep(lookAgain / 40) {
+		if time.Now().After(ends) {
+			return false
+		}
+	}
+	return true
 }
 
 // WaitForHost returns when somebody is at the host's end. The kernel has no wait for that, but it sends a signal when the end
