@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -53,6 +54,8 @@ from pandastack.host.storage.snapshots import Snapshots
 from pandastack.wire.ids import HostId
 
 log = structlog.get_logger(__name__)
+
+_LEAVES_WITHIN_S = 1.0
 
 
 @contextlib.asynccontextmanager
@@ -199,9 +202,22 @@ def _leave(run_dir: Path, views: ReadOnly, keeper: Keeper, pool: Pool) -> None:
     views.withdraw()
     keeper.close()
     pool.close()
-    for directory in (run_dir / "gv", run_dir / "q", run_dir):
-        with contextlib.suppress(OSError):
-            directory.rmdir()
+    ends = time.monotonic() + _LEAVES_WITHIN_S
+    for directory in (run_dir / "gv", run_dir / "q"):
+        # A tool that a killed host had started may be on its way out.
+        while not _removed(directory) and time.monotonic() < ends:
+            time.sleep(0.02)
+    _removed(run_dir)
+
+
+def _removed(directory: Path) -> bool:
+    try:
+        directory.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def shipped_templates() -> Path:
