@@ -14,6 +14,9 @@ from hypothesis import HealthCheck, settings
 from hosts import World
 from pandastack.host.app import HostService
 
+# So many tests may need a second try (`--reruns 1`) before the run fails.
+SECOND_TRIES = 3
+
 # How long an example takes says what else the machine does, and nothing of the code.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
@@ -27,6 +30,26 @@ def pytest_configure() -> None:
     for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
+
+
+def _first_tries(config: pytest.Config) -> list[pytest.TestReport]:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    return [] if reporter is None else reporter.stats.get("rerun", [])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A machine that is slow for a moment may fail a test, a product may not fail many."""
+    if len(_first_tries(session.config)) > SECOND_TRIES:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Whatever failed at first is shown as any failure is: it is a defect to be found."""
+    if tries := _first_tries(config):
+        terminalreporter.section(f"{len(tries)} failed at the first try; more than {SECOND_TRIES} fail the run", red=True)
+    for report in tries:
+        terminalreporter.write_sep("-", f"{report.nodeid} ({report.when})")
+        terminalreporter.line(report.longreprtext)
 
 
 @pytest.fixture(scope="session")
