@@ -267,7 +267,7 @@ class World:
             slots=self.slots,
             blanks=self.blanks,
         )
-        return Backend(probe, machines, self.bakery(machines, offer.rootfs, probe.key))
+        return Backend(probe, machines, self.bakery(machines, offer.rootfs, probe.bakes))
 
     def bakery(
         self, machines: Machines, rootfs: Callable[[Image], Awaitable[Path]] | None, runtime_key: str, guest_digest: str = "g"

@@ -100,13 +100,14 @@ def _down(argv: list[str]) -> int:
     try:
         process = os.pidfd_open(pid)
         try:
-            if lock.holder(data_dir) == pid:  # Else the number may be another's by now.
+            ended = lock.holder(data_dir) != pid  # Then the number may be another's by now.
+            if not ended:
                 signal.pidfd_send_signal(process, signal.SIGTERM)
-            ended, _, _ = select.select([process], [], [], STOPS_WITHIN_S)
+                ended = bool(select.select([process], [], [], STOPS_WITHIN_S)[0])
         finally:
             os.close(process)
     except ProcessLookupError:
-        ended = [pid]
+        ended = True
     except PermissionError as error:
         raise HostUnfit(f"the server on {data_dir} is another user's", hint="run it with sudo") from error
     if not ended:

@@ -189,6 +189,21 @@ class TestMicrovm:
             for name, digest in (("a", a), ("b", b)):
                 assert await say(guest, f"sha256sum </dev/shm/{name}; sha256sum </root/{name}") == (digest * 2, 0)
 
+    async def test_a_state_goes_on_where_another_kernel_is_booted_by_now(self, bench: Bench) -> None:
+        """As after an update of the guest kernel, or of the daemon beside it: what is saved has its own."""
+        assert bench.microvms is not None
+        saved, before = made_folder(bench.root / "saved"), await bench.runtime.probe()
+        async with bench.started() as (machine, guest):
+            await say(guest, "echo kept >/dev/shm/x")
+            await machine.snapshot(saved, resume=False)
+        bench.runtime = replace(bench.microvms, kernel=replace(bench.microvms.kernel, digest="another")).again(bench.run, bench.group)
+        after = await bench.runtime.probe()
+        assert (after.key, after.bakes != before.bakes) == (before.key, True)
+        child = await bench.prepared()
+        await child.restore(saved)
+        async with bench.guest_of(child) as guest:
+            assert await say(guest, "cat /dev/shm/x") == ("kept\n", 0)
+
     async def test_pages_that_became_zeros_are_zeros_in_a_copy(self, bench: Bench) -> None:
         """Where the file below has other content, and where it has a hole."""
         kept, copied = made_folder(bench.root / "kept"), made_folder(bench.root / "copied")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +417,27 @@ async def test_a_state_of_another_build_of_its_runtime_is_refused(world: World) 
             await host.wake(box)
         assert error.value.reason == "runtime"
         await host.delete(box)
+
+
+async def test_another_guest_kernel_is_baked_and_loses_nothing_that_was_saved(world: World) -> None:
+    async with world.opened() as host:
+        asleep, paused = [(await host.create(wanted(isolation=VM))).id for _ in range(2)]
+        point = (await host.snapshot(asleep, new_snapshot_id())).id
+        await host.hibernate(asleep, reason="request")
+        await host.pause(paused)
+    vm(world).outcome = replace(vm(world).outcome, boots="the next kernel")
+    vm(world).steps.clear()
+    async with world.opened() as host:
+        assert await run(host, asleep, "true")
+        assert await run(host, paused, "true")
+        copy = (await host.create(wanted(snapshot=point))).id
+        assert "start" not in vm(world).steps, "nothing of it boots"
+        new = (await host.create(wanted(isolation=VM))).id
+        assert "start" in vm(world).steps, "the template's state is made again"
+        for box in (asleep, paused, copy, new):
+            await host.delete(box)
+        await host.delete_snapshot(point)
+    assert world.left() == {}
 
 
 # The least isolation

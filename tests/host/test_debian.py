@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,17 @@ from pandastack.host import debian
 pytestmark = pytest.mark.anyio
 
 
-async def test_who_leaves_ends_also_what_the_program_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize("known_after_s", [0, 1])
+async def test_who_leaves_ends_also_what_the_program_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known_after_s: float) -> None:
+    """Also when it has begun, and is not known yet to whoever started it."""
+    start = asyncio.create_subprocess_exec
+
+    async def slowly(*words: Any, **options: Any) -> Any:
+        process = await start(*words, **options)
+        await asyncio.sleep(known_after_s)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slowly)
     pids = tmp_path / "pids"
     script = f"sleep 60 & echo $$ $! >{pids}.new; mv {pids}.new {pids}; wait"
     running = asyncio.create_task(debian.run(["sh", "-c", script], tmp_path, dict(os.environ), what="it", remedy="none"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -78,13 +79,24 @@ class TestVerdicts:
     async def test_it_is_tried_again_when_something_changed(
         self, runtime: QemuRuntime, trials: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        key = (await runtime.probe()).key
+        before = await runtime.probe()
         runtime._digest = "another"
-        assert (await runtime.probe()).key != key
+        after = await runtime.probe()
+        assert (after.key, after.boots != before.boots) == (before.key, True), "what is saved does not boot"
         assert len(trials) == 4
         monkeypatch.setattr(microvms, "boot_id", lambda: "another")
         await runtime.probe()
         assert len(trials) == 6
+
+    @pytest.mark.anyio
+    async def test_an_update_of_a_series_loses_nothing_that_was_saved(self, runtime: QemuRuntime, trials: list[str]) -> None:
+        first = await runtime.probe()
+        found = {}
+        for version in ("7.2.2", "8.0.0"):
+            runtime._binary.write_text(f"#!/bin/sh\necho QEMU emulator version {version}\n")
+            found[version] = await runtime.probe()
+        assert (found["7.2.2"].key, found["7.2.2"].bakes != first.bakes) == (first.key, True)
+        assert found["8.0.0"].key != first.key
 
     @pytest.mark.anyio
     async def test_old_answers_are_removed(self, runtime: QemuRuntime, trials: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +104,7 @@ class TestVerdicts:
         for number in range(4):
             runtime._digest = str(number)
             await runtime.probe()
-        newest = {file.name for file in (runtime.root / "cache").iterdir()}
+        newest = {file.name for file in (runtime.root / "cache").glob("*.json")}
         assert len(newest) == 3, "two that are kept, and the new one"
         assert len(trials) == 8
         await runtime.probe()
@@ -102,7 +114,7 @@ class TestVerdicts:
     @pytest.mark.parametrize("content", ["", "{}", "[]", '{"acceleration": "warp"}', '{"acceleration": "tcg", "more": 1}'])
     async def test_a_kept_answer_that_is_none_is_no_answer(self, runtime: QemuRuntime, trials: list[str], content: str) -> None:
         await runtime.probe()
-        (kept,) = (runtime.root / "cache").iterdir()
+        (kept,) = (runtime.root / "cache").glob("*.json")
         kept.write_text(content)
         await runtime.probe()
         assert len(trials) == 4
@@ -142,6 +154,14 @@ class TestUsers:
         assert len({runtime.users.of(str(number)) for number in range(20)}) == 20
 
 
+def test_a_mended_kernel_restores_what_was_saved_and_another_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for release in ("6.1.0-25-amd64", "6.1.0-28-amd64", "6.12.1-amd64"):
+        monkeypatch.setattr(platform, "release", lambda release=release: release)
+        found.append(microvms.cpu())
+    assert found[0] == found[1] != found[2]
+
+
 class TestClock:
     def test_the_rate_is_the_kernels(self, tmp_path: Path) -> None:
         info = tmp_path / "cpuinfo"
@@ -152,6 +172,15 @@ class TestClock:
         info.write_text("nothing")
         with pytest.raises(HostUnfit):
             microvms.tsc_khz(info)
+
+    @pytest.mark.parametrize("kept", [None, "2300000", "broken", ""])
+    def test_one_boot_measures_as_another_unless_it_is_another_machine(self, tmp_path: Path, kept: str | None) -> None:
+        verdicts = microvms.Verdicts(tmp_path / "cache")
+        if kept is not None:
+            (tmp_path / "cache").mkdir()
+            (tmp_path / "cache" / "tsc_khz").write_text(kept)
+        assert [verdicts.steady_khz(khz) for khz in (2_300_000, 2_299_987, 2_300_500)] == [2_300_000] * 3
+        assert [verdicts.steady_khz(khz) for khz in (2_400_000, 2_300_000)] == [2_400_000, 2_300_000]
 
 
 class TestProcess:

@@ -189,7 +189,7 @@ class _Parts:
             machines,
             # Disks of machines are cloned from that of the state, which shares blocks only on one file system.
             root=(self._pool.root if runtime.capabilities.image else settings.cache_dir) / f"states{suffix}",
-            runtime_key=probe.key,
+            runtime_key=probe.bakes,
             guest_digest=self._guest_digest,
             admission=self.admission,
             rootfs=offer.rootfs,

@@ -11,14 +11,13 @@ import contextlib
 import os
 import platform
 import shutil
-import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pandastack.errors import HostUnfit
-from pandastack.host.storage import mirrors
+from pandastack.host.storage import commands, mirrors
 from pandastack.host.storage.recipes import Distribution
 
 _FETCH_TIMEOUT_S = 300.0
@@ -120,26 +119,13 @@ def _private_apt(work: Path, architecture: str, sources: str) -> dict[str, str]:
 
 async def run(argv: Sequence[str], directory: Path, environment: dict[str, str], *, what: str, remedy: str) -> str:
     """The output of a program that helps to fetch `what`. Raises HostUnfit with its last words and the remedy."""
-    process = await asyncio.create_subprocess_exec(
-        *argv,
-        cwd=directory,
-        env=environment,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        async with asyncio.timeout(_FETCH_TIMEOUT_S):
-            output, _ = await process.communicate()
-    except TimeoutError as error:
-        raise HostUnfit(f"{argv[0]} did not finish while fetching {what}", hint="check the network and the Debian mirror") from error
-    finally:
-        if process.returncode is None:
-            # With those that apt started: they write into the folder that is removed next.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+    # Those that apt started end with it: they write into the folder that is removed next.
+    async with commands.started(argv, environment=environment, directory=directory) as process:
+        try:
+            async with asyncio.timeout(_FETCH_TIMEOUT_S):
+                output, _ = await process.communicate()
+        except TimeoutError as error:
+            raise HostUnfit(f"{argv[0]} did not finish while fetching {what}", hint="check the network and the Debian mirror") from error
     text = output.decode("utf-8", "replace")
     if process.returncode != 0:
         last = text.strip().splitlines()[-1:] or [""]

@@ -108,13 +108,23 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Whether a runtime works on this machine, found out by using it. `key` changes when old states do not restore any more."""
+    """Whether a runtime works on this machine, found out by using it.
+
+    `key` changes when old states do not restore any more, `boots` when machines boot something else, for which nothing that was
+    saved is lost.
+    """
 
     works: bool
     version: str | None = None
     key: str = ""
+    boots: str = ""
     reason: str | None = None
     hint: str | None = None
+
+    @property
+    def bakes(self) -> str:
+        """Changes when what is baked does, by booting it."""
+        return f"{self.key} {self.boots}"
 
 
 class Keeper(Protocol):

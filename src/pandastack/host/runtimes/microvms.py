@@ -28,6 +28,7 @@ RECORD = "machine.json"
 # What the guest daemon says where a machine has no root file system. Then kernel, modules, disk and user space work.
 ARRIVED = "this machine cannot start: root file system"
 _VERDICTS_KEPT = 16
+_KHZ_TOLERANCE = 0.0005  # As far apart are what Linux measures in two boots of one machine, at most.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +176,14 @@ def telling(console: str) -> str:
 
 
 def cpu() -> str:
-    """Model and features, which a state saved with KVM relies on, and the kernel that gives them."""
+    """Model and features, which a state saved with KVM relies on, and the series of the kernel that gives them, such as 6.1.
+
+    What KVM saves stays the same within one, so a host that was mended and started again restores what it saved before.
+    """
     wanted = ("vendor_id", "cpu family", "model\t", "stepping", "flags")
     lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
-    return "\n".join([line for line in lines if line.startswith(wanted)] + [platform.release()])
+    series = ".".join(platform.release().split(".")[:2])
+    return "\n".join([line for line in lines if line.startswith(wanted)] + [series])
 
 
 def tsc_khz(cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
@@ -201,6 +206,16 @@ class Verdicts:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    def steady_khz(self, measured: int) -> int:
+        """How fast the clock runs, as it was measured first: each boot measures a little differently, and states are tied to it."""
+        kept = self._folder / "tsc_khz"
+        with contextlib.suppress(OSError, ValueError):
+            first = int(kept.read_text())
+            if abs(measured - first) <= first * _KHZ_TOLERANCE:
+                return first
+        _replace(kept, str(measured))
+        return measured
+
     def get(self, identity: Sequence[str]) -> dict[str, Any] | None:
         """What was found for that identity: everything that a verdict depends on."""
         with contextlib.suppress(OSError, ValueError):
@@ -209,16 +224,19 @@ class Verdicts:
         return None
 
     def put(self, identity: Sequence[str], verdict: Mapping[str, Any]) -> None:
-        kept = self._file(identity)
-        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for old in sorted(kept.parent.glob("*.json"), key=_changed)[:-_VERDICTS_KEPT]:
+        for old in sorted(self._folder.glob("*.json"), key=_changed)[:-_VERDICTS_KEPT]:
             old.unlink(missing_ok=True)
-        new = kept.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps(verdict))
-        new.replace(kept)
+        _replace(self._file(identity), json.dumps(verdict))
 
     def _file(self, identity: Sequence[str]) -> Path:
         return self._folder / f"{hashlib.sha256(chr(10).join(identity).encode()).hexdigest()[:32]}.json"
+
+
+def _replace(file: Path, content: str) -> None:
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    new = file.with_suffix(f".{os.getpid()}")
+    new.write_text(content)
+    new.replace(file)
 
 
 def _changed(file: Path) -> float:

@@ -1,6 +1,6 @@
-"""Starts the programs a build needs, and never loses one: a deadline, a log, and a process group that dies whole.
+"""Starts the programs that make images and fetch packages, and never loses one: a deadline, and a process group that dies whole.
 
-Runs on a host, used by `build`. Output goes to a log file and, line by line, to whoever counts progress.
+Runs on a host. Of a build's, output goes to a log file and, line by line, to whoever counts progress.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -31,6 +31,33 @@ class CommandFailed(Exception):
         self.lines = list(lines)
 
 
+@contextlib.asynccontextmanager
+async def started(
+    argv: Sequence[str], *, environment: Mapping[str, str], directory: Path | None = None
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A program whose output, with its errors, the block reads. When the block ends the whole process group is dead.
+
+    Raises OSError where it cannot be started.
+    """
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *argv,
+            cwd=directory,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+        )
+    )
+    try:
+        # To its end, also when this is cancelled: it runs, and starts others, before it is known here.
+        yield await asyncio.shield(starting)
+    finally:
+        with contextlib.suppress(OSError):
+            await _kill(await starting)
+
+
 async def run(
     argv: Sequence[str | Path],
     *,
@@ -46,17 +73,6 @@ async def run(
     words = [os.fspath(word) for word in argv]
     with log.open("ab", buffering=0) as file:
         file.write(f"$ {' '.join(words)}\n".encode())
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *words,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                env=dict(environment),
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise CommandFailed(words[0], 127, [str(error)]) from error
         last: deque[str] = deque(maxlen=_LAST_LINES)
 
         def line_read(line: str | None) -> None:
@@ -64,14 +80,17 @@ async def run(
                 last.append(line)
             on_line(line)
 
-        try:
-            async with asyncio.timeout(deadline_s):
-                await _copy(cast(asyncio.StreamReader, process.stdout), file.write, line_read)
-                code = await process.wait()
-        except TimeoutError as error:
-            raise CommandFailed(words[0], None, last) from error
-        finally:
-            await _kill(process)
+        async with contextlib.AsyncExitStack() as running:
+            try:
+                process = await running.enter_async_context(started(words, environment=environment))
+            except OSError as error:
+                raise CommandFailed(words[0], 127, [str(error)]) from error
+            try:
+                async with asyncio.timeout(deadline_s):
+                    await _copy(cast(asyncio.StreamReader, process.stdout), file.write, line_read)
+                    code = await process.wait()
+            except TimeoutError as error:
+                raise CommandFailed(words[0], None, last) from error
         if code != 0:
             raise CommandFailed(words[0], code, last)
 

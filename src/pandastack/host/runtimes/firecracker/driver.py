@@ -103,9 +103,9 @@ class FirecrackerRuntime(HypervisorRuntime[FirecrackerMachine]):
             return Probe(works=False, version=self.version, reason=reason, hint="run `pandastack setup`")
         if number[:2] > command.NEWEST_TESTED:
             remarks.append(f"newer than what was tested, {command.dotted(command.NEWEST_TESTED)}")
-        parts = (self.version, self._digest, command.template(), microvms.cpu())
+        parts = (self.version, command.template(), microvms.cpu())
         self.key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        return Probe(works=True, version=self.version, key=self.key, reason="; ".join(remarks) or None)
+        return Probe(works=True, version=self.version, key=self.key, boots=self._digest, reason="; ".join(remarks) or None)
 
     async def _versions(self) -> tuple[str, tuple[int, int, int]]:
         found = await self._version(self.binaries.firecracker, "Firecracker")

@@ -194,7 +194,7 @@ def confined(
 def template(acceleration: Acceleration) -> str:
     """The hash of all that is the same for every machine; states do not fit another one."""
     words = qemu(Path("qemu"), acceleration, Size(cpus=1, memory_mib=1), channel_fd=0, control_fd=0, disk_fd=0)
-    return hashlib.sha256("\n".join((_FORMAT, *words, kernel_arguments(acceleration, 0, 0))).encode()).hexdigest()
+    return hashlib.sha256("\n".join((_FORMAT, *words)).encode()).hexdigest()
 
 
 def version(text: str) -> tuple[str, tuple[int, int]] | None:

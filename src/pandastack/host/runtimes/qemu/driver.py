@@ -29,6 +29,7 @@ from pandastack.host.runtimes.qemu.command import Acceleration
 from pandastack.host.runtimes.qemu.machine import Kept, QemuMachine
 
 _NAME = "QEMU"
+_WAYS: tuple[Acceleration, ...] = ("kvm", "tcg")
 _ASK_TIMEOUT_S = 20.0
 # A kernel on real KVM is in user space after a third of a second.
 _TRIAL_TIMEOUT_S = {"kvm": 5.0, "tcg": 90.0}
@@ -137,9 +138,11 @@ class QemuRuntime(HypervisorRuntime[QemuMachine]):
             return Probe(works=False, version=self.version, reason=verdict.why, hint=hint)
         self.acceleration = verdict.acceleration
         tied_to = microvms.cpu() if verdict.acceleration == "kvm" else str(self._tsc_khz)
-        parts = (self.version, self._digest, command.template(verdict.acceleration), verdict.acceleration, tied_to)
+        # Within a series, as 7.2, what QEMU saves stays the same: an update that mends it loses nothing.
+        parts = (str(number), command.template(verdict.acceleration), verdict.acceleration, tied_to)
         self.key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        return Probe(works=True, version=self.version, key=self.key, reason=verdict.why)
+        boots = f"{self.version} {self._digest} {command.kernel_arguments(verdict.acceleration, 0, 0)}"
+        return Probe(works=True, version=self.version, key=self.key, boots=boots, reason=verdict.why)
 
     async def _version(self) -> tuple[str, tuple[int, int]]:
         try:
@@ -168,9 +171,9 @@ class QemuRuntime(HypervisorRuntime[QemuMachine]):
     def _judge(self) -> Verdict:
         """The verdict of an earlier probe if nothing changed, else a new one."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._tsc_khz = microvms.tsc_khz()
+        self._tsc_khz = self._verdicts.steady_khz(microvms.tsc_khz())
         identity = [microvms.boot_id(), self.version, str(self._binary.stat().st_mtime_ns), self._digest, self._accelerator]
-        identity += [command.template("kvm"), command.template("tcg")]
+        identity += [f"{command.template(way)} {command.kernel_arguments(way, 0, 0)}" for way in _WAYS]
         with contextlib.suppress(TypeError):
             kept = Verdict(**(self._verdicts.get(identity) or {}))
             if kept.acceleration in ("kvm", "tcg"):
@@ -182,7 +185,7 @@ class QemuRuntime(HypervisorRuntime[QemuMachine]):
 
     def _try_all(self) -> Verdict:
         reasons = []
-        wanted: list[Acceleration] = ["kvm", "tcg"] if self._accelerator == "auto" else [self._accelerator]
+        wanted = _WAYS if self._accelerator == "auto" else (self._accelerator,)
         for acceleration in wanted:
             if acceleration == "kvm" and not KVM.exists():
                 reasons.append(f"there is no {KVM}")
