@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import lzma
@@ -10,12 +11,14 @@ import random
 import shutil
 import struct
 import subprocess
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pandastack.errors import HostUnfit
-from pandastack.host import cpio, kernels, vmlinux
+from pandastack.host import cpio, debian, kernels, vmlinux
 
 KERNEL = b"\x7fELF" + random.Random(7).randbytes(3000) + b"abc" * 4000 + bytes(70000) + b"the end"
 
@@ -133,13 +136,13 @@ def test_an_archive_member_is_laid_out_as_documented() -> None:
     assert len(archive) % 4 == 0
 
 
-def package(folder: Path, *, compressed: bool = False) -> Path:
+def package(folder: Path, *, compressed: bool = False, version: str = "1") -> Path:
     """A package as Debian's are, with a kernel and modules that need one another."""
     release = "6.1.0-0-cloud-amd64"
     tree = folder / "tree"
     (tree / "DEBIAN").mkdir(parents=True)
     (tree / "DEBIAN/control").write_text(
-        "Package: linux-image\nVersion: 1\nArchitecture: amd64\nMaintainer: nobody <n@o>\nDescription: none\n"
+        f"Package: linux-image\nVersion: 1{version}\nArchitecture: amd64\nMaintainer: nobody <n@o>\nDescription: none\n"
     )
     (tree / "boot").mkdir()
     (tree / f"boot/vmlinuz-{release}").write_bytes(bzimage(PAYLOADS["lz4"]))
@@ -181,6 +184,51 @@ async def test_a_kernel_is_unpacked_once_and_follows_the_daemon(tmp_path: Path, 
     other = await ensure("elsewhere")
     assert (other.digest, other.initramfs.read_bytes()) == (second.digest, second.initramfs.read_bytes())
     assert [path for path in (tmp_path / "kernels").iterdir() if path.name.startswith(".")] == []
+
+
+class Packages:
+    """A Debian whose newest kernel is `newest`, a package file."""
+
+    def __init__(self, newest: Path, work: Path) -> None:
+        self.newest, self.work, self.downloads = newest, work, 0
+
+    async def field(self, package: str, name: str) -> str | None:
+        return {"Depends": "linux-image-6.1.0-0-cloud-amd64 (= 1)", "SHA256": hashlib.sha256(self.newest.read_bytes()).hexdigest()}[name]
+
+    async def download(self, package: str) -> Path:
+        self.downloads += 1
+        return self.newest
+
+
+@pytest.mark.anyio
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no Debian system")
+async def test_an_update_takes_a_newer_kernel_and_keeps_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix, said, downloads = tmp_path / "kernels", [], []
+
+    async def update(newest: Path) -> str:
+        @contextlib.asynccontextmanager
+        async def opened(prefix: Path, *_: Any, **__: Any) -> AsyncIterator[Packages]:
+            with debian.work_folder(prefix) as work:
+                packages = Packages(newest, work)
+                yield packages
+                downloads.append(packages.downloads)
+
+        monkeypatch.setattr(debian, "opened", opened)
+        await kernels.update(prefix, debian_mirror=None, say=said.append)
+        return (prefix / "current").read_text().strip()
+
+    releases = []
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+        releases.append(package(tmp_path / name, version=name))
+    used = [await update(release) for release in releases]
+    assert len(set(used)) == 3
+    assert {path.name for path in prefix.iterdir()} == {"current", *used[1:]}
+    assert await update(releases[2]) == used[2]
+    assert said[-1] == f"there is no newer guest kernel than {used[2]}"
+    assert await update(releases[1]) == used[1], "Debian took one back"
+    assert downloads == [1, 1, 1, 0, 0]
+    assert {path.name for path in prefix.iterdir()} == {"current", *used[1:]}
 
 
 @pytest.mark.anyio

@@ -90,10 +90,10 @@ def down(data_dir: Annotated[Path | None, typer.Option(help="Which server (defau
     replace_with("pandastack.standalone", ["down", *([] if data_dir is None else ["--data-dir", str(data_dir)])])
 
 
-def setup() -> None:
+def setup(update: Annotated[bool, typer.Option("--update", help="Also fetch a newer guest kernel; the next `up` has it.")] = False) -> None:
     """Fetch what this machine needs and does not have, such as runsc, into PandaStack's own folder."""
     require_server("pandastack.host")
-    replace_with("pandastack.host", ["setup"])
+    replace_with("pandastack.host", ["setup", *(["--update"] if update else [])])
 
 
 def doctor(

@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     examined = verbs.add_parser("doctor", help="what this machine can run, and what to change")
     examined.add_argument("--json", action="store_true")
     examined.add_argument("--security", action="store_true", help="the production checklist instead")
-    verbs.add_parser("setup", help="fetch runsc into the cache directory when there is none")
+    fetched = verbs.add_parser("setup", help="fetch runsc into the cache directory when there is none")
+    fetched.add_argument("--update", action="store_true", help="also a newer guest kernel, if there is one")
     install = verbs.add_parser("install", help="put a runtime into the cache directory")
     install.add_argument("runtime", choices=["firecracker"])
     install.add_argument("--path", type=Path, help="a Firecracker with its jailer beside it, or the folder of a release")
@@ -56,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             return _install(settings, arguments)
         if arguments.verb == "doctor" and arguments.security:
             return _checklist(settings, arguments.json)
-        return asyncio.run(_until_signal(_doctor(settings, arguments.json) if arguments.verb == "doctor" else _setup(settings)))
+        work = _doctor(settings, arguments.json) if arguments.verb == "doctor" else _setup(settings, arguments.update)
+        return asyncio.run(_until_signal(work))
     except PandastackError as error:
         return _fail(error.message, error.hint)
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -83,7 +85,7 @@ def _checklist(settings: HostSettings, as_json: bool) -> int:
     return 1 if any(check.ok is False for check in checks) else 0
 
 
-async def _setup(settings: HostSettings) -> int:
+async def _setup(settings: HostSettings, update: bool) -> int:
     prefix = settings.cache_dir / "runsc"
     path = await doctor.usable_runsc(settings)
     if path is not None:
@@ -97,18 +99,22 @@ async def _setup(settings: HostSettings) -> int:
             path = await fetch_runsc.fetch(prefix, debian_mirror=settings.debian_mirror, say=_say)
         except OSError as error:
             return _fail(f"nothing can be written in {prefix} ({error.strerror})", "run as root, or set PANDASTACK_CACHE_DIR")
-    await _guest_kernel(settings)
+    await _guest_kernel(settings, update)
     sys.stdout.write(f"{path}\n")
     return 0
 
 
-async def _guest_kernel(settings: HostSettings) -> None:
+async def _guest_kernel(settings: HostSettings, update: bool) -> None:
     """What microVMs boot, where there may be some. That it cannot be had is told, and no failure: gVisor does not need it."""
     wanted = runtimes_here.wanted(settings)
     found = {"qemu": runtimes_here.qemu(settings), "firecracker": runtimes_here.firecracker(settings)}
     if not any(name in wanted and program is not None for name, program in found.items()):
         return
     try:
+        if update and settings.kernel is not None:
+            _say(f"the guest kernel is the one that PANDASTACK_KERNEL names: {settings.kernel}")
+        elif update:
+            await runtimes_here.update_guest_kernel(settings, say=_say)
         guest, _ = await asyncio.to_thread(app.guest_directory, settings.cache_dir / "guest")
         kernel = await runtimes_here.guest_kernel(settings, guest, say=_say)
         _say(f"the guest kernel for microVMs is {kernel.version}")

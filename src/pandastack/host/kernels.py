@@ -17,6 +17,7 @@ import hashlib
 import lzma
 import platform
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,20 +124,35 @@ def _current(prefix: Path) -> Path | None:
     return folder if folder != prefix and (folder / "vmlinux").is_file() else None
 
 
+async def update(prefix: Path, *, debian_mirror: str | None, say: Callable[[str], None]) -> None:
+    """Have the newest kernel of Debian's package be the one in use, from the next start of a host on.
+
+    Of those before it one stays, which a host that runs has in use. Raises HostUnfit with a remedy.
+    """
+    before = _current(prefix)
+    newest = await _fetch(prefix, debian_mirror, say, _META_PACKAGE, MODULES)
+    if newest == before:
+        say(f"there is no newer guest kernel than {newest.name}")
+        return
+    await asyncio.to_thread(_remove, [folder for folder in _folders(prefix) if folder not in (before, newest)])
+
+
 async def _fetch(prefix: Path, debian_mirror: str | None, say: Callable[[str], None], meta_package: str, modules: Sequence[str]) -> Path:
-    say(f"fetching a guest kernel from Debian {SUITE}")
+    say(f"looking for a guest kernel in Debian {SUITE}")
     async with debian.opened(prefix, SUITE, debian_mirror=debian_mirror, what=_WHAT, remedy=_REMEDY) as packages:
         depends = await packages.field(meta_package, "Depends")
         match = re.search(r"linux-image-\d\S*", depends or "")
         if match is None:
             raise HostUnfit(f"Debian {SUITE} has no {meta_package}", hint=_REMEDY)
-        package = await packages.download(match[0])
-        digest, _ = await asyncio.to_thread(_look, prefix, package)
-        folder = await _unpack(prefix, package, digest, packages.work, modules)
+        folder = _known(prefix, await packages.field(match[0], "SHA256") or "none")
+        if folder is None:
+            package = await packages.download(match[0])
+            digest, _ = await asyncio.to_thread(_look, prefix, package)
+            folder = await _unpack(prefix, package, digest, packages.work, modules)
+            say(f"the guest kernel {folder.name} is unpacked")
         pointer = packages.work / "current"
         pointer.write_text(folder.name + "\n")
         pointer.replace(prefix / "current")
-    say(f"the guest kernel {folder.name} is unpacked")
     return folder
 
 
@@ -155,7 +171,20 @@ def _look(prefix: Path, package: Path) -> tuple[str, Path | None]:
         digest = hashlib.sha256(package.read_bytes()).hexdigest()
     except OSError as error:
         raise HostUnfit(f"the kernel package {package} cannot be read ({error.strerror})", hint=_REMEDY) from error
-    return digest, next((folder for folder in prefix.glob(f"*_{digest[:12]}") if (folder / "vmlinux").is_file()), None)
+    return digest, _known(prefix, digest)
+
+
+def _known(prefix: Path, digest: str) -> Path | None:
+    return next((folder for folder in _folders(prefix) if folder.name.endswith(f"_{digest[:12]}")), None)
+
+
+def _folders(prefix: Path) -> list[Path]:
+    return [file.parent for file in prefix.glob("*/vmlinux")]
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)
 
 
 async def _unpack(prefix: Path, package: Path, digest: str, work: Path, modules: Sequence[str]) -> Path:

@@ -148,6 +148,11 @@ async def guest_kernel(settings: HostSettings, guest: Path, *, say: Callable[[st
     return await kernels.ensure(prefix, guest, debian_mirror=settings.debian_mirror, say=say, setting=settings.kernel, fetch=fetch)
 
 
+async def update_guest_kernel(settings: HostSettings, *, say: Callable[[str], None]) -> None:
+    """As `kernels.update`."""
+    await kernels.update(settings.cache_dir / "kernels", debian_mirror=settings.debian_mirror, say=say)
+
+
 def qemu(settings: HostSettings) -> Path | None:
     """The QEMU to use: the setting, else the one on PATH."""
     found = settings.qemu or which("qemu-system-x86_64")
