@@ -1,13 +1,14 @@
 """The promises about state (pause, hibernate, wake, snapshot, fork), over the real host on every runtime of this machine.
 
-Every runtime inherits this text: a line here that only one of them can keep is wrong. gVisor needs root, the image of `base` and a
-runsc, as in `test_runtime`. What only a real kernel can show (randomness, clocks, listeners) is in `tests/system`.
+Every runtime inherits this text: a line here that only one of them can keep is wrong. What each of them needs is said in
+`test_runtime`. What only a real kernel can show (randomness, clocks, listeners) is in `tests/system`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import secrets
 import shutil
@@ -29,19 +30,26 @@ from pandastack.errors import (
     SnapshotNotFound,
     SnapshotUnusable,
 )
-from pandastack.host import app
+from pandastack.host import app, bakery, identity, machines, runtimes_here, sandboxes, states
 from pandastack.host.app import HostService
 from pandastack.host.runtimes.fake import FakeRuntime
+from pandastack.host.runtimes.firecracker.driver import FirecrackerRuntime
 from pandastack.host.settings import HostSettings
 from pandastack.wire.host import HostChild, HostCreate, HostFork, HostRewind, Output, ProcessExit
 from pandastack.wire.ids import ProcessId, SandboxId, SnapshotId, new_process_id, new_sandbox_id, new_snapshot_id
 from pandastack.wire.processes import ExecRequest, ProcessStart, SignalRequest
 
-from .benches import CACHE, qemu_binary, runsc
+from .benches import CACHE, PATIENCE, Microvms, qemu_binary, runsc
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300 * PATIENCE)]
 
 HOOK = b"/etc/pandastack/hooks/before-snapshot"
+# How long a host waits, in seconds; as many times longer as all is slower.
+WAITS = [
+    *((bakery, name) for name in ("WARM_TIMEOUT_S", "_STEP_TIMEOUT_S")),
+    *((sandboxes, name) for name in ("TEMPLATE_PATIENCE_S", "HEALTH_TIMEOUT_S")),
+    *((identity, "IDENTITY_TIMEOUT_S"), (machines, "CONNECT_TIMEOUT_S"), (states, "STILL_TIMEOUT_S")),
+]
 
 
 class Place:
@@ -76,13 +84,37 @@ def gvisor_place(folder: Path, name: str) -> Any:
 
 @contextlib.contextmanager
 def qemu_place(xfs: Path) -> Any:
-    """On a file system where copies share blocks; images and baked states are made once for all tests."""
     qemu_binary()
+    with microvm_place(xfs, "qemu") as place:
+        yield place
+
+
+@contextlib.contextmanager
+def firecracker_place(xfs: Path, made: Microvms, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of the Firecracker that PANDASTACK_FIRECRACKER names, as `made` found it to work here.
+
+    One for glibc has no seccomp filters, and a host takes none such, whatever is set for it: only this test makes it do so.
+    """
+    monkeypatch.setattr(runtimes_here, "FirecrackerRuntime", functools.partial(FirecrackerRuntime, unfiltered=True, patience=PATIENCE))
+    for module, name in WAITS:
+        monkeypatch.setattr(module, name, getattr(module, name) * PATIENCE)
+    # To make a root takes long where everything is slow.
+    roots = xfs / "place" / "data" / "roots"
+    if not (roots / made.root.name).exists():
+        roots.mkdir(parents=True, exist_ok=True)
+        (roots / made.root.name).hardlink_to(made.root)
+    with microvm_place(xfs, "firecracker", firecracker=made.binary) as place:
+        yield place
+
+
+@contextlib.contextmanager
+def microvm_place(xfs: Path, runtime: str, **chosen: Any) -> Any:
+    """On a file system where copies share blocks; images and baked states are made once for all tests."""
     folder = xfs / "place"
-    with real_place(folder, shares=True, runtimes="qemu") as place:
+    with real_place(folder, shares=True, runtimes=runtime, **chosen) as place:
         yield place
     for left in [*folder.glob("data/*")]:
-        if left.name not in ("roots", "states-qemu"):
+        if left.name != "roots" and not left.name.startswith("states-"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
@@ -100,7 +132,8 @@ def real_place(folder: Path, *, shares: bool = False, **chosen: Any) -> Any:
             yield host
 
     def left() -> dict[str, list[str]]:
-        folders = {kind: folder / "data" / kind for kind in ("machines", "machines-qemu", "disks-qemu", "ledger", "captures")}
+        kinds = ["ledger", "captures", *(f"{kind}{of}" for kind in ("machines", "disks") for of in ("-qemu", "-firecracker")), "machines"]
+        folders = {kind: folder / "data" / kind for kind in kinds}
         found = {kind: [path.name for path in where.iterdir()] for kind, where in folders.items() if where.exists()}
         found["disks"] = [path.name for path in (folder / "data" / "disks").glob("*.img")]
         return {kind: names for kind, names in found.items() if names}
@@ -121,14 +154,18 @@ def flip_last(file: Path) -> None:
 FAKES = {"fake": FakeRuntime, "fakevm": fake_vm}
 
 
-# A host finds out for itself whether it has KVM, and takes no Firecracker without seccomp filters, the only one that tests have.
-@pytest.fixture(params=["fake", "fakevm", "gvisor", "gvisor-new", "qemu"])
-async def place(request: pytest.FixtureRequest, tmp_path: Path, no_leaks: None) -> AsyncIterator[Place]:
-    name = request.param
+# A host finds out for itself whether QEMU has KVM.
+@pytest.fixture(params=["fake", "fakevm", "gvisor", "gvisor-new", "qemu", "firecracker-kvm"])
+async def place(request: pytest.FixtureRequest, tmp_path: Path, no_leaks: None, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Place]:
+    name, get = request.param, request.getfixturevalue
     if name in FAKES:
         made = fake_place(tmp_path, FAKES[name]())
+    elif name == "qemu":
+        made = qemu_place(get("xfs"))
+    elif name == "firecracker-kvm":
+        made = firecracker_place(get("xfs"), get("microvms")(name), monkeypatch)
     else:
-        made = qemu_place(request.getfixturevalue("xfs")) if name == "qemu" else gvisor_place(tmp_path, name)
+        made = gvisor_place(tmp_path, name)
     with made as here:
         yield here
         async with here.opened() as host:
@@ -148,7 +185,7 @@ async def host(place: Place) -> AsyncIterator[HostService]:
 
 
 def wanted(**values: Any) -> HostCreate:
-    return HostCreate(**{"id": new_sandbox_id(), "template": "base", "hostname": "parent", "memory_mb": 256} | values)
+    return HostCreate(**{"id": new_sandbox_id(), "template": "base", "hostname": "parent", "memory_mb": 256, "cpu": 1} | values)
 
 
 @pytest.fixture
@@ -158,7 +195,7 @@ async def box(host: HostService) -> SandboxId:
 
 async def run(host: HostService, box: SandboxId, cmd: str) -> str:
     out, code = b"", -1
-    async with asyncio.timeout(60), closing(host.run(box, ExecRequest(cmd=cmd), new_process_id())) as items:
+    async with asyncio.timeout(60 * PATIENCE), closing(host.run(box, ExecRequest(cmd=cmd), new_process_id())) as items:
         async for item in items:
             if isinstance(item, Output) and item.channel == "stdout":
                 out += item.data
@@ -185,7 +222,7 @@ class Memory:
         assert await self._host.write_stdin(box, self._name, data(), close=False) == len(text)
 
     async def heard(self, box: SandboxId, expected: bytes) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(30 * PATIENCE):
             while True:
                 piece = await self._host.read_output(box, self._name, "stdout", offset=0, limit=1 << 20)
                 if piece.data == expected:
