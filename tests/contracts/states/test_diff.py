@@ -3,7 +3,7 @@
 Only gVisor has links, owners, clocks and shared memory to show; what the in-memory guest has is asked of both.
 """
 
-# ruff: noqa: F811, ASYNC240 - fixtures of another module; a folder of seven names does not block a loop
+# ruff: noqa: ASYNC240 - a folder of seven names does not block a loop
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pandastack.wire.files import ChangeMode
 from pandastack.wire.host import HostFork
 from pandastack.wire.ids import SandboxId, new_sandbox_id, new_snapshot_id
 
-from .test_states import Place, box, children, host, place, run  # noqa: F401 - fixtures
+from .places import Place, children, run
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
