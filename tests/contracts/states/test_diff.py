@@ -25,9 +25,10 @@ from pandastack.wire.files import ChangeMode
 from pandastack.wire.host import HostFork
 from pandastack.wire.ids import SandboxId, new_sandbox_id, new_snapshot_id
 
+from ..benches import PATIENCE
 from .places import Place, children, run
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300 * PATIENCE)]
 
 ODD = b'/w/a "quoted"\\ name\nwith \xff\t'
 
@@ -54,7 +55,7 @@ async def snapshot(host: HostService, box: SandboxId) -> HostPoint:
 
 
 async def differences(host: HostService, a: HostPoint, b: HostPoint, path: bytes = b"/w", *, patch: bool = False) -> list[HostChange]:
-    async with asyncio.timeout(60), closing(host.diff(a, b, path, patch=patch)) as found:
+    async with asyncio.timeout(60 * PATIENCE), closing(host.diff(a, b, path, patch=patch)) as found:
         return [change async for change in found]
 
 
