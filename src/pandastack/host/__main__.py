@@ -2,7 +2,7 @@
 
 doctor: exit code 0 when some runtime works, else 1; with --security 1 when something of the production checklist fails. setup: fetches
 what this host lacks (runsc, and a guest kernel where there are programs for microVMs) into the cache directory, lines of progress on
-stderr, the path of runsc on stdout. install firecracker: its path on stdout. storage init: makes a pool, its file on stdout. storage
+stderr, the path of runsc on stdout; with --update 1 when no newer guest kernel could be looked for. install firecracker: its path on stdout. storage init: makes a pool, its file on stdout. storage
 status: what takes the disk. Wrong usage: 2.
 """
 
@@ -99,22 +99,37 @@ async def _setup(settings: HostSettings, update: bool) -> int:
             path = await fetch_runsc.fetch(prefix, debian_mirror=settings.debian_mirror, say=_say)
         except OSError as error:
             return _fail(f"nothing can be written in {prefix} ({error.strerror})", "run as root, or set PANDASTACK_CACHE_DIR")
-    await _guest_kernel(settings, update)
-    sys.stdout.write(f"{path}\n")
-    return 0
-
-
-async def _guest_kernel(settings: HostSettings, update: bool) -> None:
-    """What microVMs boot, where there may be some. That it cannot be had is told, and no failure: gVisor does not need it."""
     wanted = runtimes_here.wanted(settings)
     found = {"qemu": runtimes_here.qemu(settings), "firecracker": runtimes_here.firecracker(settings)}
-    if not any(name in wanted and program is not None for name, program in found.items()):
-        return
-    try:
-        if update and settings.kernel is not None:
-            _say(f"the guest kernel is the one that PANDASTACK_KERNEL names: {settings.kernel}")
-        elif update:
+    microvms = any(name in wanted and program is not None for name, program in found.items())
+    updated = await _update(settings, microvms) if update else True
+    if microvms:
+        await _guest_kernel(settings)
+    sys.stdout.write(f"{path}\n")
+    return 0 if updated else 1
+
+
+async def _update(settings: HostSettings, microvms: bool) -> bool:
+    """Whether what microVMs boot is the newest there is, or what the operator wants. If not, what is there stays in use."""
+    if not microvms:
+        _say("there is no guest kernel to update: neither QEMU nor Firecracker is here")
+    elif settings.kernel is not None:
+        _say(f"the guest kernel is the one that PANDASTACK_KERNEL names: {settings.kernel}")
+    else:
+        try:
             await runtimes_here.update_guest_kernel(settings, say=_say)
+        except (HostUnfit, OSError) as error:
+            why, hint = (
+                (error.message, error.hint) if isinstance(error, HostUnfit) else (str(error), "run as root, or set PANDASTACK_CACHE_DIR")
+            )
+            _fail(f"no newer guest kernel could be had: {why}", hint)
+            return False
+    return True
+
+
+async def _guest_kernel(settings: HostSettings) -> None:
+    """What microVMs boot. That it cannot be had is told, and no failure: gVisor does not need it."""
+    try:
         guest, _ = await asyncio.to_thread(app.guest_directory, settings.cache_dir / "guest")
         kernel = await runtimes_here.guest_kernel(settings, guest, say=_say)
         _say(f"the guest kernel for microVMs is {kernel.version}")
