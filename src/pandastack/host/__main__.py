@@ -2,8 +2,8 @@
 
 doctor: exit code 0 when some runtime works, else 1; with --security 1 when something of the production checklist fails. setup: fetches
 what this host lacks (runsc, and a guest kernel where there are programs for microVMs) into the cache directory, lines of progress on
-stderr, the path of runsc on stdout; with --update 1 when no newer guest kernel could be looked for. install firecracker: its path on stdout. storage init: makes a pool, its file on stdout. storage
-status: what takes the disk. Wrong usage: 2.
+stderr, the path of runsc on stdout; with --update 1 when no newer guest kernel could be looked for. install firecracker: its path on
+stdout. storage init: makes a pool, its file on stdout. storage status: what takes the disk. Wrong usage: 2.
 """
 
 from __future__ import annotations
