@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import pytest
 
-from pandastack.errors import GuestError
 from pandastack.host import kernels
 from pandastack.host.guest import Guest, ProcessSpec
 from pandastack.host.keeper import Keeper
@@ -33,7 +32,6 @@ from pandastack.host.storage import space
 from pandastack.host.storage.disks import Disks
 from pandastack.host.storage.images import Image
 from pandastack.host.storage.roots import Roots
-from pandastack.wire.guest import Sealed
 
 PATIENCE = float(os.environ.get("PANDASTACK_TEST_PATIENCE", "1"))
 CACHE = Path(os.environ.get("PANDASTACK_TEST_CACHE", "/var/cache/pandastack"))
@@ -262,17 +260,6 @@ async def say(guest: Guest, shell: str) -> tuple[str, int]:
         async for _channel, _offset, data in stream:
             out += data
     return out.decode(), stream.exit.code
-
-
-async def frozen(guest: Guest, *, reason: str = "snapshot") -> Sealed:
-    """A seal with a freeze. It has five seconds and is all or nothing, so where everything is slow it may be asked for again."""
-    for _ in range(4 if PATIENCE > 1 else 0):
-        try:
-            return await guest.seal(freeze=True, reason=reason)
-        except GuestError as error:
-            if error.guest_code != "not_frozen":
-                raise
-    return await guest.seal(freeze=True, reason=reason)
 
 
 def reborn(bench: Bench) -> Runtime:

@@ -39,7 +39,6 @@ from .benches import (
     PATIENCE,
     Bench,
     forget,
-    frozen,
     made_folder,
     reborn,
     say,
@@ -218,7 +217,7 @@ async def test_a_frozen_machine_is_saved_on_the_way_and_its_copies_are_others(be
         await guest.start(ProcessSpec(shell=counting, id="counting"))
         await guest.start(ProcessSpec(argv=["cat"], stdin=True, id="cat"))
         await asyncio.sleep(0.3)
-        sealed = await frozen(guest, reason="fork")
+        sealed = await guest.seal(freeze=True, reason="fork")
         assert sealed.live == 2
         assert sealed.frozen >= 2
         asked = asyncio.create_task(guest.write_file("/root/asked", b"of the parent"))
@@ -281,7 +280,7 @@ async def test_a_freeze_holds_and_can_be_taken_back(bench: Bench) -> None:
             await say(guest, "true")
         assert refused.value.guest_code == "sealed"
         assert await guest.unseal() == 0
-        sealed = await frozen(guest)
+        sealed = await guest.seal(freeze=True)
         assert sealed == await guest.seal(freeze=True)
         gone = asyncio.create_task(guest.write_file("/root/never", b"x" * (2 << 20)))
         kept = asyncio.create_task(guest.write_file("/root/kept", b"x" * (2 << 20)))
@@ -312,7 +311,7 @@ async def test_hooks_decide_whether_a_machine_is_saved_and_handed_out(bench: Ben
         assert (health.sealed, health.frozen) == (False, False)
         await guest.chmod(hook + "before-snapshot", mode=0o644)
         await guest.write_file(hook + "after-restore", fails, mode=0o755)
-        assert (await frozen(guest)).frozen == 1
+        assert (await guest.seal(freeze=True)).frozen == 1
         fresh = identity.fresh("00000000-0000-4000-8000-000000000001", "mine", {})
         with pytest.raises(HookFailed):
             await identity.confirm(guest, fresh)
@@ -320,7 +319,7 @@ async def test_hooks_decide_whether_a_machine_is_saved_and_handed_out(bench: Ben
         assert (health.sealed, health.frozen) == (True, True)
         assert await guest.unseal() == 1
         await guest.write_file(hook + "after-restore", b"#!/bin/sh\n", mode=0o755)
-        await frozen(guest)
+        await guest.seal(freeze=True)
         await identity.confirm(guest, fresh)
         assert await say(guest, "hostname") == ("mine\n", 0)
 

@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	freezeBudget   = 5 * time.Second // Where a busy host emulates the processor, to stop a few processes took two.
+	freezeBudget   = 20 * time.Second // Less than the host waits. A busy host that emulates the processor took two, in another such machine over five.
 	parentPatience = 50 * time.Millisecond
 	pendingGrace   = 100 * time.Millisecond
 	politeRounds   = 4 // From here on PID 1 stops everybody by one call: some spawn faster than we look.
