@@ -54,13 +54,14 @@ class _Fork:
         self._held = held
         self._size_mb = size_mb
         self._counts = counts
+        self._many = 8 if 8 in counts else max(counts)  # What is promised is of eight.
 
     def rows(self, n: int) -> list[Row]:
         say, runtime = self._setting.say, self._setting.runtime
         firsts: dict[int, list[float]] = {count: [] for count in self._counts}
         lasts: dict[int, list[float]] = {count: [] for count in self._counts}
         costs: dict[int, memory.Cost] = {}
-        theirs = []
+        theirs, at_once = [], []
         for turn in range(n):
             for count in self._counts:
                 say(f"fork {self._size_mb} MB: {count} children, {turn + 1} of {n}")
@@ -71,10 +72,11 @@ class _Fork:
                         costs[count] = memory.cost(children)
             say(f"fork {self._size_mb} MB: the bare tool, {turn + 1} of {n}")
             theirs.append(self._held.fork(max(self._counts)))
+            at_once.append(max(self._held.fork(self._many, at_once=True)))
         rows = [row for count in self._counts for row in self._timings(count, firsts[count], lasts[count], theirs)]
         for count, cost in costs.items():
             rows += memory.rows("fork", f"{self._case(count)}: memory of each", runtime, count, cost)
-        rows += self._by_one(lasts)
+        rows += self._by_one(lasts, [answered[0] for answered in theirs], at_once)
         rows += self._pauses(min(n, _PAUSES))
         written = stored_bytes(self._running, self._parent) / MIB
         rows.append(
@@ -99,16 +101,23 @@ class _Fork:
             rows.append(timing("fork", f"{case}: all, by 8 x one", runtime, lasts, eight, promise=promise, note=note))
         return rows
 
-    def _by_one(self, lasts: dict[int, list[float]]) -> list[Row]:
-        """How much longer than one child eight of them take."""
-        if not {1, 8} <= lasts.keys():
+    def _by_one(self, lasts: dict[int, list[float]], one_by_hand: Sequence[float], at_once: Sequence[float]) -> list[Row]:
+        """How much longer than one child many of them take, ours and by hand at once."""
+        case, runtime, n = f"{self._case(self._many)}: all answer", self._setting.runtime, len(at_once)
+        if self._many == 1:
             return []
-        times = percentile(lasts[8], 0.5) / percentile(lasts[1], 0.5)
-        promise = self._setting.promise("fork", "all of 8 by one", if_=self._size_mb == PROMISED_STATE_MB)
-        case, runtime = f"{self._case(8)}: all answer, by one child", self._setting.runtime
-        each = f"{self._setting.cpu:g}" if self._setting.cpu else "those of the template"
-        note = f"by one child: how many times as long as one; {os.cpu_count()} cores do the work of the eight guests, CPUs of each: {each}"
-        return [quantity("fork", case, runtime, len(lasts[8]), times, "x", promise=promise, note=note)]
+        rows = [timing("fork", f"{case}, at once by hand too", runtime, lasts[self._many], at_once)]
+        if 1 in lasts:
+            promise = self._setting.promise("fork", "all of 8 by one", if_=self._size_mb == PROMISED_STATE_MB and self._many == 8)
+            each = f"{self._setting.cpu:g}" if self._setting.cpu else "those of the template"
+            note = f"by one child: how many times as long as one; {os.cpu_count()} cores do the work of all guests, CPUs of each: {each}"
+            ours = percentile(lasts[self._many], 0.5) / percentile(lasts[1], 0.5)
+            theirs = percentile(at_once, 0.5) / percentile(one_by_hand, 0.5)
+            rows += [
+                quantity("fork", f"{case}, by one child", runtime, n, ours, "x", promise=promise, note=note),
+                quantity("fork", f"{case} at once by hand, by one child by hand", runtime, n, theirs, "x", note=note),
+            ]
+        return rows
 
     def _pauses(self, n: int) -> list[Row]:
         """Apart from the times: a process that ticks runs on in every child, and takes CPU from it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pandastack.bench import qemu_machines
@@ -29,15 +30,17 @@ class QemuState:
         with self._files() as folder:
             return self._save(folder, go_on=True)
 
-    def fork(self, children: int) -> list[float]:
+    def fork(self, children: int, *, at_once: bool = False) -> list[float]:
         with self._files() as folder, contextlib.ExitStack() as undo:
-            took, answered = self._save(folder, go_on=True), []
-            for _ in range(children):
-                child, one = self._restored(folder)
+            saved, began = self._save(folder, go_on=True), time.perf_counter()
+
+            def answered(_: int) -> float:
+                child, _took = self._restored(folder)
                 undo.callback(child.end)
-                took += one
-                answered.append(took)
-            return answered
+                return saved + time.perf_counter() - began
+
+            with ThreadPoolExecutor(children if at_once else 1) as threads:
+                return list(threads.map(answered, range(children)))
 
     def hibernate_and_wake(self) -> tuple[float, float]:
         with self._files() as folder:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pandastack.bench import runsc_sandboxes
@@ -35,18 +36,22 @@ class RunscState:
         with self._image() as image:
             return self._save(image, "--leave-running")
 
-    def fork(self, children: int) -> list[float]:
-        """One checkpoint, then `restore` and `exec /bin/true` for one child after the other: when each of them had answered."""
+    def fork(self, children: int, *, at_once: bool = False) -> list[float]:
+        """One checkpoint, then `restore` and `exec /bin/true` for each child."""
         with contextlib.ExitStack() as undo:
             image = undo.enter_context(self._image())
             limits = self._workload.limits(self._by_hand.spec.limits)
             prepared = [undo.enter_context(self._by_hand.prepared(self._work, _program(self._workload), limits)) for _ in range(children)]
-            took, answered = self._save(image, "--leave-running"), []
-            for name, bundle, prefix in prepared:
-                took += self._restore(image, name, bundle, prefix)
-                took += self._by_hand.exec_true(name, prefix)
-                answered.append(took)
-            return answered
+            saved, began = self._save(image, "--leave-running"), time.perf_counter()
+
+            def answered(child: tuple[str, Path, list[str]]) -> float:
+                name, bundle, prefix = child
+                self._restore(image, name, bundle, prefix)
+                self._by_hand.exec_true(name, prefix)
+                return saved + time.perf_counter() - began
+
+            with ThreadPoolExecutor(children if at_once else 1) as threads:
+                return list(threads.map(answered, prepared))
 
     def hibernate_and_wake(self) -> tuple[float, float]:
         """`checkpoint` and `delete`, then `restore` and `exec /bin/true`, in the same bundle."""

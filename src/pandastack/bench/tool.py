@@ -19,8 +19,8 @@ class BareState(Protocol):
         """Save it; it runs on."""
         ...
 
-    def fork(self, children: int) -> list[float]:
-        """Save once, then restore one child after the other and run `/bin/true` in it: when each of them had answered."""
+    def fork(self, children: int, *, at_once: bool = False) -> list[float]:
+        """Save once, then restore one child after the other, or all `at_once`, and run `/bin/true` in each: when they had answered."""
         ...
 
     def hibernate_and_wake(self) -> tuple[float, float]:
