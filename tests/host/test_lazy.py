@@ -196,6 +196,17 @@ async def test_a_missing_chunk_is_an_error_for_who_touches_it_and_for_nobody_els
     assert await world.lazy.failure(index) == "missing"
 
 
+async def test_what_the_kernel_reads_beside_what_is_touched_is_missed_by_nobody(world: World, source: Path) -> None:
+    index = world.kept(source)
+    world.lose(index, 4)
+    file = await world.lazy.file(index)
+    for start in (4 * CHUNK_BYTES - 4096, 5 * CHUNK_BYTES):
+        assert await read(file, start, start + 4096) == (0, digest(source, start, start + 4096))
+    assert await world.lazy.why(file, USER) is None
+    assert (await read(file, 4 * CHUNK_BYTES, 4 * CHUNK_BYTES + 10))[0] == -signal.SIGBUS
+    assert await world.lazy.why(file, USER) == "missing"
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_dead_server_is_noticed_and_replaced(
     world: World, source: Path, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
