@@ -162,12 +162,12 @@ async def test_what_is_unknown(host: HostService, box: SandboxId) -> None:
 
 async def test_who_leaves_in_the_middle_leaves_nothing(place: Place, host: HostService, box: SandboxId) -> None:
     for number in range(5):
-        await write(host, box, b"/w/%d" % number, b"x\n")
+        await write(host, box, b"/srv/w/%d" % number, b"x\n")
     one = await snapshot(host, box)
-    await host.remove_file(box, b"/w", recursive=True)
+    await host.remove_file(box, b"/srv/w", recursive=True)
     two = await snapshot(host, box)
     before = place.left()
-    found: Any = host.diff(one, two, b"/", patch=True)
+    found: Any = host.diff(one, two, b"/srv", patch=True)
     assert (await anext(found)).change.path
     assert place.left() != before
     await found.aclose()
