@@ -26,21 +26,33 @@ from pandastack.host.storage.images import Images
 from pandastack.host.storage.roots import Roots
 
 LOGS = outer.PROJECT / ".cache" / "nested"
-CONTRACT = [f"tests/contracts/test_{name}.py" for name in ("runtime", "microvms", "lazy_machines")]
+CONTRACT = tuple(f"tests/contracts/test_{name}.py" for name in ("runtime", "microvms", "lazy_machines"))
+STATES = ("tests/contracts/states",)  # What a whole host does with them.
 ATTEMPTS = 2
 UNFIT = 77
 # How many times slower a machine in the outer machine is than one on a CPU.
 PATIENCE = 20
-# Seconds for each runtime, and the tests.
+
+
+@dataclass(frozen=True)
+class Form:
+    """`deadline_s` is for each runtime; `expression` chooses tests as for pytest; `qemu` is QEMU's name in these modules."""
+
+    deadline_s: float
+    expression: str = ""
+    modules: Sequence[str] = CONTRACT
+    qemu: str = "qemu-kvm"
+
+    def runtimes(self) -> list[str]:
+        """Those whose contract is run: Firecracker's where there is one."""
+        return [self.qemu, *(["firecracker-kvm"] if os.environ.get("PANDASTACK_FIRECRACKER") else [])]
+
+
 FORMS = {
-    "short": (420.0, "names_version or has_a_guest_that_answers or its_copies_are_others"),
-    "complete": (5400.0, ""),
+    "short": Form(420.0, "names_version or has_a_guest_that_answers or its_copies_are_others"),
+    "complete": Form(5400.0),
+    "states": Form(7200.0, modules=STATES, qemu="qemu"),
 }
-
-
-def runtimes() -> list[str]:
-    """Those whose contract is run: Firecracker's where there is one."""
-    return ["qemu-kvm", *(["firecracker-kvm"] if os.environ.get("PANDASTACK_FIRECRACKER") else [])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +89,12 @@ def _roots(cache: Path) -> Path:
     return cache / "nested" / "roots"
 
 
-def run(expression: str, *, deadline_s: float, cache: Path, output: Callable[[bytes], None]) -> tuple[int, str]:
+def run(modules: Sequence[str], expression: str, *, deadline_s: float, cache: Path, output: Callable[[bytes], None]) -> tuple[int, str]:
     """The exit code, and a line that says what was seen. Raises HostUnfit where no outer machine can be made."""
     made = asyncio.run(_prepared(cache))
     # No other plugins: they are large, and each module that is imported costs much there.
     plugins = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    argv = [sys.executable, "-m", "pytest", "-p", "anyio", "-p", "pytest_timeout", *CONTRACT]
+    argv = [sys.executable, "-m", "pytest", "-p", "anyio", "-p", "pytest_timeout", *modules]
     subprocess.run([*argv, "-q", "--collect-only"], cwd=outer.PROJECT, env=os.environ | plugins, check=True, capture_output=True)
     argv += ["-v", "-k", expression, "-o", "cache_dir=/tmp/cache", "--junitxml=/run/report.xml", "--durations=10"]
     environment = (
@@ -123,12 +135,14 @@ def _verdict(result: outer.Run, note: str) -> tuple[int, str]:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/test-nested", description="Run the contract of microVMs on a nested KVM.")
-    parser.add_argument("--short", action="store_true", help="a few tests, some minutes, instead of all")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--short", dest="form", action="store_const", const="short", help="a few tests, some minutes, instead of all")
+    forms.add_argument("--states", dest="form", action="store_const", const="states", help="snapshots, forks and diffs of a whole host")
     parser.add_argument("-k", dest="expression", help="the tests to run, as for pytest")
     parser.add_argument("--deadline-s", type=float, help="for each of two attempts")
     options = parser.parse_args(arguments)
-    deadline_s, expression = FORMS["short" if options.short else "complete"]
-    names = " or ".join(runtimes())
+    form = FORMS[options.form or "complete"]
+    names = " or ".join(form.runtimes())
     # So that what is under way is undone also then.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
@@ -137,10 +151,11 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
 
     cache = Path(os.environ.get("PANDASTACK_TEST_CACHE", "/var/cache/pandastack"))
-    expression = options.expression or expression
+    expression = options.expression or form.expression
     expression = f"({names}) and ({expression})" if expression else names
+    deadline_s = options.deadline_s or form.deadline_s * len(form.runtimes())
     try:
-        code, line = run(expression, deadline_s=options.deadline_s or deadline_s * len(runtimes()), cache=cache, output=output)
+        code, line = run(form.modules, expression, deadline_s=deadline_s, cache=cache, output=output)
     except HostUnfit as error:
         outer.say(f"{error.message}; {error.hint}")
         return UNFIT

@@ -58,7 +58,7 @@ def attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[outer.Run]
 def test_a_lost_machine_is_tried_once_more_and_that_is_said(attempts: list[outer.Run], tmp_path: Path) -> None:
     good = outer.Run(code=0, report=b'<testsuite><testcase name="a"/></testsuite>')
     attempts += [outer.Run(why="it gave no sign of life", monitor="registers"), good]
-    code, line = run.run("all", deadline_s=1, cache=tmp_path, output=lambda _: None)
+    code, line = run.run(["tests"], "all", deadline_s=1, cache=tmp_path, output=lambda _: None)
     assert code == 0
     assert "attempt 2" in line
     assert "no sign of life" in line
@@ -67,7 +67,7 @@ def test_a_lost_machine_is_tried_once_more_and_that_is_said(attempts: list[outer
 
 def test_a_second_lost_machine_is_a_failure(attempts: list[outer.Run], tmp_path: Path) -> None:
     attempts += [outer.Run(why="one"), outer.Run(why="two"), outer.Run(code=0)]
-    code, line = run.run("all", deadline_s=1, cache=tmp_path, output=lambda _: None)
+    code, line = run.run(["tests"], "all", deadline_s=1, cache=tmp_path, output=lambda _: None)
     assert (code, attempts) == (1, [outer.Run(code=0)])
     assert "failed" in line
     assert "two" in line
@@ -75,7 +75,7 @@ def test_a_second_lost_machine_is_a_failure(attempts: list[outer.Run], tmp_path:
 
 def test_a_failed_test_is_no_reason_to_try_again(attempts: list[outer.Run], tmp_path: Path) -> None:
     attempts += [outer.Run(code=1, report=REPORT), outer.Run(code=0)]
-    assert run.run("all", deadline_s=1, cache=tmp_path, output=lambda _: None)[0] == 1
+    assert run.run(["tests"], "all", deadline_s=1, cache=tmp_path, output=lambda _: None)[0] == 1
     assert len(attempts) == 1
 
 

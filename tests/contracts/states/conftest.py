@@ -14,14 +14,13 @@ from pandastack.wire.ids import SandboxId
 from .places import FAKES, Memory, Place, fake_place, firecracker_place, gvisor_place, qemu_place, wanted
 
 
-# A host finds out for itself whether QEMU has KVM.
 @pytest.fixture(params=["fake", "fakevm", "gvisor", "gvisor-new", "qemu", "firecracker-kvm"])
 async def place(request: pytest.FixtureRequest, tmp_path: Path, no_leaks: None, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Place]:
     name, get = request.param, request.getfixturevalue
     if name in FAKES:
         made = fake_place(tmp_path, FAKES[name]())
     elif name == "qemu":
-        made = qemu_place(get("xfs"))
+        made = qemu_place(get("xfs"), get("microvms"), monkeypatch)
     elif name == "firecracker-kvm":
         made = firecracker_place(get("xfs"), get("microvms")(name), monkeypatch)
     else:

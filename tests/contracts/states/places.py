@@ -22,6 +22,7 @@ from pandastack.host import app, bakery, identity, machines, runtimes_here, sand
 from pandastack.host.app import HostService
 from pandastack.host.runtimes.fake import FakeRuntime
 from pandastack.host.runtimes.firecracker.driver import FirecrackerRuntime
+from pandastack.host.runtimes.qemu.driver import QemuRuntime
 from pandastack.host.settings import HostSettings
 from pandastack.wire.host import HostChild, HostCreate, Output, ProcessExit
 from pandastack.wire.ids import ProcessId, SandboxId, new_process_id, new_sandbox_id
@@ -69,9 +70,12 @@ def gvisor_place(folder: Path, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def qemu_place(xfs: Path) -> Any:
+def qemu_place(xfs: Path, find: Callable[[str], Microvms], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """With KVM where that runs guests: a host finds that out for itself."""
     qemu_binary()
-    with microvm_place(xfs, "qemu") as place:
+    monkeypatch.setattr(runtimes_here, "QemuRuntime", functools.partial(QemuRuntime, patience=PATIENCE))
+    made = find("qemu-kvm") if PATIENCE > 1 else None
+    with microvm_place(xfs, "qemu", made, monkeypatch) as place:
         yield place
 
 
@@ -82,21 +86,21 @@ def firecracker_place(xfs: Path, made: Microvms, monkeypatch: pytest.MonkeyPatch
     One for glibc has no seccomp filters, and a host takes none such, whatever is set for it: only this test makes it do so.
     """
     monkeypatch.setattr(runtimes_here, "FirecrackerRuntime", functools.partial(FirecrackerRuntime, unfiltered=True, patience=PATIENCE))
-    for module, name in WAITS:
-        monkeypatch.setattr(module, name, getattr(module, name) * PATIENCE)
-    # To make a root takes long where everything is slow.
-    roots = xfs / "place" / "data" / "roots"
-    if not (roots / made.root.name).exists():
-        roots.mkdir(parents=True, exist_ok=True)
-        (roots / made.root.name).hardlink_to(made.root)
-    with microvm_place(xfs, "firecracker", firecracker=made.binary) as place:
+    with microvm_place(xfs, "firecracker", made, monkeypatch, firecracker=made.binary) as place:
         yield place
 
 
 @contextlib.contextmanager
-def microvm_place(xfs: Path, runtime: str, **chosen: Any) -> Any:
-    """On a file system where copies share blocks; images and baked states are made once for all tests."""
+def microvm_place(xfs: Path, runtime: str, made: Microvms | None, monkeypatch: pytest.MonkeyPatch, **chosen: Any) -> Any:
+    """On a file system where copies share blocks; images and baked states are made once for all tests, and the root is that of `made`."""
     folder = xfs / "place"
+    for module, name in WAITS:
+        monkeypatch.setattr(module, name, getattr(module, name) * PATIENCE)
+    roots = folder / "data" / "roots"
+    if made is not None and not (roots / made.root.name).exists():
+        # To make one takes long where everything is slow.
+        roots.mkdir(parents=True, exist_ok=True)
+        (roots / made.root.name).hardlink_to(made.root)
     with real_place(folder, shares=True, runtimes=runtime, **chosen) as place:
         yield place
     for left in [*folder.glob("data/*")]:
