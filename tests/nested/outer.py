@@ -35,6 +35,8 @@ HERE = Path(__file__).resolve().parent
 BEAT_S = 3.0
 # Between two beats of a machine that lives; garbage collection of a busy one was seen to take ten.
 SILENT_S = 60.0
+# Its only CPU was seen to sleep with nothing that would ever wake it. Something to read is an interrupt.
+POKE_S = 20.0
 BOOT_S = 120.0
 _PACKAGE = "linux-image-amd64"
 _MODULES = (
@@ -47,7 +49,7 @@ _COVERED = ("/tmp", "/run", "/proc", "/sys", "/dev")
 _NEEDED = ("qemu-system-x86_64", "mkfs.xfs", "setpriv")
 _MONITOR_S = 10.0
 _OFF_S = 5.0
-_INTERVIEW = ("status", "registers -a", "pic", "registers -a")
+_INTERVIEW = ("status", "registers -a", "lapic", "pic", "registers -a")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,7 @@ class Run:
     report: bytes = b""
     monitor: str = ""
     beats: int = field(default=0)
+    pokes: int = 0
 
 
 async def parts(cache: Path) -> Parts:
@@ -146,7 +149,7 @@ def _follow(
     deadline_s: float,
 ) -> None:
     mark, rest = token.encode(), b""
-    heard = began
+    heard = poked = began
     with selectors.DefaultSelector() as selector:
         for name in ("console", "lines", "report"):
             channels[name].setblocking(False)
@@ -162,6 +165,10 @@ def _follow(
             if now - heard > patience_s:
                 result.why = f"it gave no sign of life for {patience_s:.0f} s, {now - began:.0f} s after its start"
                 return
+            if result.boot_s and now - max(heard, poked) > POKE_S:
+                poked, result.pokes = now, result.pokes + 1
+                with contextlib.suppress(OSError):
+                    channels["lines"].send(b"\n")
             for key, _ in selector.select(1.0):
                 piece = _received(channels[key.data])
                 if not piece:

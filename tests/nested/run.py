@@ -122,7 +122,8 @@ def run(modules: Sequence[str], expression: str, *, deadline_s: float, cache: Pa
 
 
 def _verdict(result: outer.Run, note: str) -> tuple[int, str]:
-    times = f"in {result.took_s:.0f} s, {result.boot_s:.0f} of them to boot the outer machine{note}"
+    poked = f"; it was silent and poked {result.pokes} times" if result.pokes else ""
+    times = f"in {result.took_s:.0f} s, {result.boot_s:.0f} of them to boot the outer machine{poked}{note}"
     if not result.report:
         return result.code or 1, f"failed: no test was run, the outer machine ended with code {result.code} {times}"
     (LOGS / "report.xml").write_bytes(result.report)

@@ -124,6 +124,11 @@ class TestFollow:
         assert result.code is None
         assert "no sign of life" in result.why
 
+    def test_one_that_sleeps_is_poked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(outer, "POKE_S", 0.5)
+        result, said = self.follow(monkeypatch, "say(b'@T up 1\\n'); os.read({lines}, 1); say(b'@T beat 1\\n@T exit 0\\n')")
+        assert (result.code, result.pokes, result.beats, said) == (0, 1, 1, b"")
+
     def test_one_that_goes_on_and_on_is_ended(self, monkeypatch: pytest.MonkeyPatch) -> None:
         result, _ = self.follow(monkeypatch, "while True: say(b'@T beat 1\\n'); time.sleep(0.1)", deadline_s=1.5)
         assert result.code is None
