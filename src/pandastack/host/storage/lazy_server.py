@@ -43,7 +43,7 @@ _WATCHED_S, _QUIET_S = 30.0, 3.0
 _MOST_ORDER_BYTES = 1 << 20
 _AHEAD, _IN_A_ROW = 4, 3  # Who read so many chunks in a row will want so many more.
 _MAX_MESSAGE = 65536
-_MOST_FAILURES, _MOST_REFUSED = 400, 400
+_MOST_FAILURES = 400
 _PAGE_BYTES = 4096
 
 
@@ -58,18 +58,6 @@ class _File:
         self.first = self.last = time.monotonic()
         self.watched = False
         self.order: list[int] | None = None
-        self._refused: dict[int, list[tuple[int, int]]] = {}
-
-    def is_needed(self, user: int, start: int, end: int) -> bool:
-        """Whether what this user was just refused is what it touched, not what the kernel read around that.
-
-        Where it got an error for more than a page, the kernel asks once more for those pages of it that somebody does touch.
-        """
-        before = self._refused.setdefault(user, [])
-        if end - start <= _PAGE_BYTES or len(before) == _MOST_REFUSED or any(first < end and start < last for first, last in before):
-            return True
-        before.append((start, end))
-        return False
 
 
 class Files(mfusepy.Operations):  # type: ignore[misc]
@@ -124,7 +112,8 @@ class Files(mfusepy.Operations):  # type: ignore[misc]
         except ChunkLost as lost:
             print(f"chunk {number} of {file.index.digest} for user {user}: {lost}", file=sys.stderr, flush=True)  # noqa: T201
             # The host reads too, for a copy: it sees the error itself, and no machine has missed anything.
-            if user != 0 and file.is_needed(user, offset, end):
+            # Nor has it of what the kernel read around a touched page: where that failed, it asks for the page alone.
+            if user != 0 and end - offset <= _PAGE_BYTES:
                 self._fail(file, user, lost.why)
             raise mfusepy.FuseOSError(errno.EIO) from lost
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
