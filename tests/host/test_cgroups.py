@@ -159,30 +159,31 @@ def test_readings_in_v2(v2: Tree) -> None:
     group, directory = v2.fill(), v2.directory("")
     (directory / "cpu.stat").write_text("usage_usec 2500000\nuser_usec 1\n")
     (directory / "memory.current").write_text("4096\n")
-    (directory / "memory.stat").write_text("anon 2048\nfile 2048\ninactive_file 1000\nactive_file 24\n")
+    (directory / "memory.stat").write_text("anon 2048\nfile 2048\nshmem 512\ninactive_file 1000\nactive_file 24\n")
     (directory / "memory.events").write_text("low 0\noom 2\noom_kill 3\n")
     (directory / "cgroup.procs").write_text("7\n8\n")
     assert (group.cpu_seconds(), group.memory_bytes(), group.oom_kills(), group.pids()) == (2.5, 4096, 3, [7, 8])
-    assert group.needed_bytes() == 3072
+    assert (group.needed_bytes(), group.own_bytes()) == (3072, 2560)
 
 
 def test_readings_in_v1(v1: Tree) -> None:
     group = v1.fill()
     (v1.directory("cpuacct") / "cpuacct.usage").write_text("2500000000\n")
     (v1.directory("memory") / "memory.usage_in_bytes").write_text("4096\n")
-    (v1.directory("memory") / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 1000\ntotal_active_file 24\n")
+    stat = "rss 1\ninactive_file 1\ntotal_rss 2048\ntotal_shmem 512\ntotal_inactive_file 1000\ntotal_active_file 24\n"
+    (v1.directory("memory") / "memory.stat").write_text(stat)
     (v1.directory("memory") / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
     (v1.directory("memory") / "cgroup.procs").write_text("7\n")
     (v1.directory("pids") / "cgroup.procs").write_text("7\n8\n")
     assert (group.cpu_seconds(), group.memory_bytes(), group.oom_kills(), group.pids()) == (2.5, 4096, 3, [7, 8])
-    assert group.needed_bytes() == 3072
+    assert (group.needed_bytes(), group.own_bytes()) == (3072, 2560)
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_readings_of_a_group_that_is_gone_are_nothing(tmp_path: Path, version: Literal[1, 2]) -> None:
     group = MachineCgroup(cgroups.detect(Tree(tmp_path, version).mountinfo()), "pandastack-test", "m1")
     assert (group.cpu_seconds(), group.memory_bytes(), group.oom_kills(), group.pids()) == (0, 0, 0, [])
-    assert group.needed_bytes() == 0
+    assert (group.needed_bytes(), group.own_bytes()) == (0, 0)
 
 
 @pytest.mark.parametrize("version", [1, 2])

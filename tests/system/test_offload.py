@@ -189,6 +189,7 @@ def test_a_missing_chunk_fails_who_needs_it(host: Server, objects: Path, tmp_pat
     later = client.sandboxes.create(from_snapshot=name)
     other = client.sandboxes.create(from_snapshot=name)
     said(later, "true")
+    said(other, "echo alive")
     forget(objects, tmp_path / "chunks")
     began = time.monotonic()
     with pytest.raises(errors.SandboxNotRunning, match="a part of its memory could not be fetched: it is not in the object store any more"):
@@ -196,7 +197,7 @@ def test_a_missing_chunk_fails_who_needs_it(host: Server, objects: Path, tmp_pat
     assert time.monotonic() - began < 20
     until(lambda: later.refresh().status == "failed", "it is failed", 15)
     assert later.status_reason == "memory_missing"
-    # It has the same file, and touched nothing that is missing.
+    # It has the same file, and touches nothing that it did not touch before.
     assert said(other, "echo alive") == "alive"
     assert said(one, SUM) == digest
     with pytest.raises(errors.SnapshotUnusable, match="is missing"):

@@ -173,6 +173,12 @@ class MachineCgroup:
         prefix = "" if self._hierarchy.version == 2 else "total_"
         return max(0, self.memory_bytes() - stat.get(f"{prefix}inactive_file", 0) - stat.get(f"{prefix}active_file", 0))
 
+    def own_bytes(self) -> int:
+        """Anonymous memory, and files that are nowhere but in memory; also what no process has mapped at the moment."""
+        stat = _keyed(self._dir("memory") / "memory.stat")
+        names = ("anon", "shmem") if self._hierarchy.version == 2 else ("total_rss", "total_shmem")
+        return sum(stat.get(name, 0) for name in names)
+
     def pids(self) -> list[int]:
         found = {int(pid) for pid in _read(self._dir("memory") / "cgroup.procs").split()}
         if self._hierarchy.version == 1:

@@ -151,7 +151,7 @@ class HypervisorMachine(ABC):
         return 0.0
 
     async def memory(self) -> Memory:
-        return await asyncio.to_thread(lambda: memory.of([self._alive().pid], files_are_shared=True))
+        return await asyncio.to_thread(memory.of_vmm, self._alive().pid)
 
     async def ended(self) -> EndReason:
         if self._process is not None:

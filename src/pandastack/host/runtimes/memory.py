@@ -9,21 +9,24 @@ from pathlib import Path
 from pandastack.host.runtimes.base import Memory
 
 
-def of(pids: Iterable[int], *, files_are_shared: bool = False) -> Memory:
-    """Own: anonymous memory and memory files, where processes of one machine share a page each is charged its part of it.
-    Shared: mapped pages of files, of the process that has most of them, because they all run the same program.
+def of_vmm(pid: int) -> Memory:
+    """That of a process which maps a saved memory. Own: what it wrote itself. Shared: mapped pages of files, in memory or on disk.
 
-    With `files_are_shared` memory files are shared, too, and only what a process wrote itself is its own: that of a machine which maps
-    a saved memory. Processes that end meanwhile do not count. A millisecond or so per GiB; blocks.
+    A millisecond or so per GiB; blocks.
     """
-    own = shared = 0
+    with contextlib.suppress(OSError):
+        own, status = _kib(Path(f"/proc/{pid}/smaps_rollup")).get("Pss_Anon", 0), _kib(Path(f"/proc/{pid}/status"))
+        return Memory(own_bytes=own << 10, shared_bytes=(status.get("RssFile", 0) + status.get("RssShmem", 0)) << 10)
+    return Memory()
+
+
+def files_of(pids: Iterable[int]) -> int:
+    """Bytes of mapped files on disk, of the process that has most of them, because they all run the same program. Blocks."""
+    most = 0
     for pid in pids:
-        with contextlib.suppress(OSError):
-            parts = _kib(Path(f"/proc/{pid}/smaps_rollup"))
-            own += parts.get("Pss_Anon", 0) + (0 if files_are_shared else parts.get("Pss_Shmem", 0))
-            status = _kib(Path(f"/proc/{pid}/status"))
-            shared = max(shared, status.get("RssFile", 0) + (status.get("RssShmem", 0) if files_are_shared else 0))
-    return Memory(own_bytes=own << 10, shared_bytes=shared << 10)
+        with contextlib.suppress(OSError):  # One that ended meanwhile.
+            most = max(most, _kib(Path(f"/proc/{pid}/status")).get("RssFile", 0))
+    return most << 10
 
 
 def _kib(path: Path) -> dict[str, int]:

@@ -192,7 +192,10 @@ class GvisorMachine:
         return self._cgroup.needed_bytes() / (self._limit_mib << 20)
 
     async def memory(self) -> Memory:
-        return await asyncio.to_thread(lambda: memory.of(self._cgroup.pids()))
+        # The guest's memory is a file in memory, whose pages are often mapped by no process: only the cgroup knows them all.
+        return await asyncio.to_thread(
+            lambda: Memory(own_bytes=self._cgroup.own_bytes(), shared_bytes=memory.files_of(self._cgroup.pids()))
+        )
 
     async def ended(self) -> EndReason:
         loop = asyncio.get_running_loop()
