@@ -200,7 +200,6 @@ async def test_what_the_kernel_reads_beside_what_is_touched_is_missed_by_nobody(
     index = world.kept(source)
     world.lose(index, 4)
     file = await world.lazy.file(index)
-    # Page by page: what the kernel reads around the second one is much the same.
     for start in (4 * CHUNK_BYTES - 8192, 5 * CHUNK_BYTES):
         for page in range(start, start + 8192, 4096):
             assert await read(file, page, page + 4096) == (0, digest(source, page, page + 4096))
